@@ -1,0 +1,227 @@
+#include "engine/actor.h"
+
+#include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <utility>
+
+#include "base/clock.h"
+
+namespace uffdkit {
+namespace {
+
+// Turns in a row, then the session queues behind the others.
+constexpr int kTurnsMax = 4;
+// Faults in a row, likewise: about a millisecond.
+constexpr std::uint64_t kFaultsPerRun = 64;
+// And the time in which they came, when it looks for more of them.
+constexpr std::int64_t kRunMaxNs = 5'000'000;
+// When a command that was refused for now is tried again, and a descriptor that could not be armed.
+constexpr std::int64_t kRetryNs = 200'000;
+
+}  // namespace
+
+Actor::Actor(SessionId id, SessionId parent, Uffd uffd, SessionState state,
+             std::vector<std::shared_ptr<StoreLane>> lanes, SessionOptions options,
+             std::optional<UniqueFd> process, ActorScheduler& scheduler, EngineListener& listener)
+    : id_(id),
+      parent_(parent),
+      scheduler_(scheduler),
+      listener_(listener),
+      process_(std::move(process)),
+      session_(std::move(uffd), std::move(state), std::move(lanes), options, *this) {
+  update_shape();
+}
+
+bool Actor::post(Command command) {
+  const std::lock_guard lock(mailbox_mutex_);
+  if (closed_) return false;
+  commands_.push_back(std::move(command));
+  mail_.store(true, std::memory_order_release);
+  return true;
+}
+
+void Actor::fetched(std::unique_ptr<Fetch> fetch) {
+  const std::lock_guard lock(mailbox_mutex_);
+  if (closed_) return;
+  returned_.push_back(std::move(fetch));
+  mail_.store(true, std::memory_order_release);
+  // Under the lock: the scheduler may be gone as soon as the mailbox can be closed.
+  scheduler_.schedule(id_);
+}
+
+void Actor::run(std::span<std::byte> scratch) {
+  RunState state = run_state_.load();
+  do {
+    // While somebody runs it, leave word; else become the one.
+  } while (!run_state_.compare_exchange_weak(state,
+                                             state == RunState::idle ? RunState::running : RunState::again));
+  if (state != RunState::idle) return;
+
+  scratch_ = scratch;
+  const std::atomic<std::uint64_t>& faults = session_.counters().faults;
+  const std::uint64_t faults_at_start = faults.load(std::memory_order_relaxed);
+  std::int64_t first_fault_ns = 0;
+  std::int64_t last_fault_ns = 0;
+  for (int turns = 1;; ++turns) {
+    const std::uint64_t faults_before = faults.load(std::memory_order_relaxed);
+    const bool more = turn();
+    if (const std::optional<SessionEnd> end = session_.end()) {
+      // Stays `running`: nobody runs it any more.
+      close_mailbox();
+      // Told before it is forgotten, so that what it has done is always counted somewhere.
+      listener_.session_ended(status(), *end);
+      scheduler_.ended(id_);
+      return;
+    }
+    // A thread that has just been answered often faults again before this worker gets to sleep. Looking once
+    // more is cheaper than an event, which would also wake another worker if the fault is there already.
+    const std::uint64_t faults_now = faults.load(std::memory_order_relaxed);
+    const bool came = faults_now != faults_before;
+    if (came) last_fault_ns = now_ns();
+    if (first_fault_ns == 0) first_fault_ns = last_fault_ns;
+    const bool at_once = came && faults_now - faults_at_start < kFaultsPerRun;
+    const bool may_look = first_fault_ns != 0 && last_fault_ns - first_fault_ns < kRunMaxNs;
+    if (!more && may_look && (at_once || scheduler_.look_again(last_fault_ns))) {
+      turns = 0;
+      continue;
+    }
+    if (!armed_.exchange(true) && !scheduler_.arm(id_, session_.uffd().fd())) {
+      // A session that is not armed hears of no fault.
+      armed_.store(false);
+      scheduler_.schedule_at(id_, monotonic_ns() + kRetryNs);
+    }
+    RunState expected = RunState::running;
+    const bool left = !more && run_state_.compare_exchange_strong(expected, RunState::idle);
+    if (left) return;
+    run_state_.store(RunState::running);
+    if (turns < kTurnsMax) continue;
+    run_state_.store(RunState::idle);
+    scheduler_.schedule(id_);
+    return;
+  }
+}
+
+void Actor::prepare() {
+  take_mail();
+}
+
+void Actor::stop() {
+  session_.abandon();
+  close_mailbox();
+}
+
+void Actor::take_mail() {
+  if (mail_.exchange(false, std::memory_order_acquire)) {
+    std::vector<std::unique_ptr<Fetch>> returned;
+    std::vector<Command> commands;
+    {
+      const std::lock_guard lock(mailbox_mutex_);
+      returned.swap(returned_);
+      commands.swap(commands_);
+    }
+    for (auto& fetch : returned) session_.fetched(std::move(fetch));
+    for (Command& command : commands) commands_taken_.push_back(std::move(command));
+  }
+  if (!commands_taken_.empty() && commands_at_ns_ <= monotonic_ns()) run_commands();
+}
+
+void Actor::run_commands() {
+  commands_at_ns_ = 0;
+  while (!commands_taken_.empty() && !session_.end()) {
+    if (!commands_taken_.front()(session_)) {
+      commands_at_ns_ = monotonic_ns() + kRetryNs;
+      break;
+    }
+    commands_taken_.pop_front();
+  }
+  update_shape();
+}
+
+bool Actor::turn() {
+  take_mail();
+  const std::uint64_t events = session_.counters().events.load(std::memory_order_relaxed);
+  Session::Next next = session_.step();
+  if (commands_at_ns_ != 0 && (next.wake_at_ns == 0 || commands_at_ns_ < next.wake_at_ns))
+    next.wake_at_ns = commands_at_ns_;
+  if (events != session_.counters().events.load(std::memory_order_relaxed)) update_shape();
+  if (timer_fired_.exchange(false, std::memory_order_relaxed)) wake_at_ns_ = 0;
+  // The scheduler keeps the earliest time that it was told, so only an earlier one is news.
+  if (next.wake_at_ns != 0 && (wake_at_ns_ == 0 || next.wake_at_ns < wake_at_ns_)) {
+    scheduler_.schedule_at(id_, next.wake_at_ns);
+    wake_at_ns_ = next.wake_at_ns;
+  }
+  return next.again || mail_.load(std::memory_order_relaxed);
+}
+
+void Actor::close_mailbox() {
+  std::vector<Command> commands;
+  {
+    const std::lock_guard lock(mailbox_mutex_);
+    closed_ = true;
+    commands.swap(commands_);
+    returned_.clear();
+  }
+  // They find the session ended.
+  for (const Command& command : std::exchange(commands_taken_, {})) command(session_);
+  for (const Command& command : commands) command(session_);
+}
+
+void Actor::update_shape() {
+  std::uint64_t bytes = 0;
+  for (const Segment& segment : session_.state().layout().segments()) bytes += segment.memory.length.value;
+  std::size_t live = 0;
+  for (const RegionRecord& region : session_.state().regions()) live += region.live ? 1 : 0;
+  sharing_.store(session_.sharing(), std::memory_order_relaxed);
+  memory_bytes_.store(bytes, std::memory_order_relaxed);
+  regions_.store(live, std::memory_order_relaxed);
+}
+
+SessionStatus Actor::status() const {
+  const SessionCounters& counters = session_.counters();
+  const auto value = [](const std::atomic<std::uint64_t>& counter) {
+    return counter.load(std::memory_order_relaxed);
+  };
+  const std::int64_t oldest = counters.oldest_since_ns.load(std::memory_order_relaxed);
+  return {.id = id_,
+          .parent = parent_,
+          .sharing = sharing_.load(std::memory_order_relaxed),
+          .image = session_.state().image(),
+          .memory_bytes = value(memory_bytes_),
+          .regions = regions_.load(std::memory_order_relaxed),
+          .faults = value(counters.faults),
+          .faults_merged = value(counters.faults_merged),
+          .events = value(counters.events),
+          .pages_copied = value(counters.pages_copied),
+          .pages_zeroed = value(counters.pages_zeroed),
+          .pages_shared = value(counters.pages_shared),
+          .pages_removed = value(counters.pages_removed),
+          .pages_poisoned = value(counters.pages_poisoned),
+          .pages_outside = value(counters.pages_outside),
+          .bytes_read = value(counters.bytes_read),
+          .fetches = value(counters.fetches),
+          .retries = value(counters.retries),
+          .read_errors = value(counters.read_errors),
+          .pending = value(counters.pending),
+          .oldest_pending_ns = oldest == 0 ? 0 : monotonic_ns() - oldest};
+}
+
+std::int64_t Actor::now_ns() {
+  return monotonic_ns();
+}
+
+void Actor::start_fetch(StoreLane& lane, std::unique_ptr<Fetch> fetch) {
+  if (const std::shared_ptr<SharedImage> shared = fetch->shared)
+    return shared->fetch(std::move(fetch), weak_from_this());
+  lane.submit(std::move(fetch), weak_from_this());
+}
+
+bool Actor::kill_client() {
+  if (!process_) return false;
+  // Refused only if it has exited already.
+  (void)::syscall(SYS_pidfd_send_signal, process_->get(), SIGKILL, nullptr, 0);
+  return true;
+}
+
+}  // namespace uffdkit

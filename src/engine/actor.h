@@ -1,0 +1,127 @@
+// A session with a mailbox: any thread may put something in, one worker at a time runs it.
+//
+// Threads: post(), fetched() and the const calls from any; run() by whoever wins, the others leave word that
+// there is more to do. So the session inside is never run by two, and nobody waits for a lock while it works.
+#pragma once
+
+#include <uffdkit/unique_fd.h>
+
+#include <atomic>
+#include <cstddef>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+#include "engine/session.h"
+
+namespace uffdkit {
+
+// What an actor asks of the engine. From any thread.
+class ActorScheduler {
+ public:
+  virtual ~ActorScheduler() = default;
+  // Runs the session soon.
+  virtual void schedule(SessionId session) = 0;
+  // Runs the session at this time or after.
+  virtual void schedule_at(SessionId session, std::int64_t when_ns) = 0;
+  // Wants one event when `uffd` can be read. Again after each event. False if that cannot be had now.
+  virtual bool arm(SessionId session, int uffd) = 0;
+  // Whether a worker whose session had its last fault at this time had better look there again than sleep.
+  virtual bool look_again(std::int64_t last_fault_ns) = 0;
+  // The session has ended: nothing more will be run.
+  virtual void ended(SessionId session) = 0;
+  // The client of `parent` has forked.
+  virtual void forked(SessionId parent, ForkedSession child) = 0;
+};
+
+class Actor final : public SessionHost, public FetchSink, public std::enable_shared_from_this<Actor> {
+ public:
+  // Runs on the session; the session is in `end()` afterwards or not. False: not now, try again in a while.
+  // Commands keep their order, so the ones behind it wait.
+  using Command = std::function<bool(Session&)>;
+
+  // `scheduler` and `listener` outlive the actor's last run, or are there until stop().
+  Actor(SessionId id, SessionId parent, Uffd uffd, SessionState state,
+        std::vector<std::shared_ptr<StoreLane>> lanes, SessionOptions options,
+        std::optional<UniqueFd> process, ActorScheduler& scheduler, EngineListener& listener);
+
+  // Runs what was posted, before anybody else can run it; no fault is read yet.
+  void prepare();
+  // Ends the session as abandoned, and lets nothing more in: afterwards neither scheduler nor listener is
+  // called. Only when nobody runs it or will run it.
+  void stop();
+  // Puts a command in; false if the session has ended, and the command will never run. The caller schedules.
+  bool post(Command command);
+  // Runs the session, unless somebody does: then that one runs it once more. `scratch` is the worker's.
+  void run(std::span<std::byte> scratch);
+  // The time that schedule_at() was asked for has come.
+  void timer_fired() { timer_fired_.store(true, std::memory_order_relaxed); }
+  // The event that arm() asked for has come.
+  void disarmed() { armed_.store(false, std::memory_order_relaxed); }
+
+  SessionStatus status() const;
+  int uffd() const { return session_.uffd().fd(); }
+  int state_file() const { return session_.state().fd(); }
+  int process() const { return process_ ? process_->get() : -1; }
+
+  // FetchSink
+  void fetched(std::unique_ptr<Fetch> fetch) override;
+
+ private:
+  enum class RunState : std::uint8_t { idle, running, again };
+
+  void take_mail();
+  void run_commands();
+  // Takes what is in the mailbox, and steps; true if there is more to do at once.
+  bool turn();
+  void close_mailbox();
+  void update_shape();
+
+  // SessionHost
+  std::int64_t now_ns() override;
+  std::span<std::byte> scratch() override { return scratch_; }
+  void start_fetch(StoreLane& lane, std::unique_ptr<Fetch> fetch) override;
+  bool kill_client() override;
+  void forked(std::unique_ptr<ForkedSession> session) override {
+    scheduler_.forked(id_, std::move(*session));
+  }
+  void detach_failed(const Error& error) override { listener_.detach_failed(id_, error); }
+  void page_failed(const Error& error) override { listener_.page_failed(id_, error); }
+  void warn(const std::string& text) override { listener_.warn(id_, text); }
+
+  const SessionId id_;
+  const SessionId parent_;  // 0: it was attached
+  ActorScheduler& scheduler_;
+  EngineListener& listener_;
+  const std::optional<UniqueFd> process_;
+
+  std::atomic<RunState> run_state_{RunState::idle};
+  std::atomic<bool> armed_{false};
+  std::atomic<bool> timer_fired_{false};
+
+  // Owned by the runner.
+  Session session_;
+  std::span<std::byte> scratch_;
+  std::int64_t wake_at_ns_ = 0;  // the time that was last asked of the scheduler
+  std::deque<Command> commands_taken_;
+  std::int64_t commands_at_ns_ = 0;  // when the first of them is tried again
+
+  std::mutex mailbox_mutex_;
+  std::vector<std::unique_ptr<Fetch>> returned_;
+  std::vector<Command> commands_;
+  bool closed_ = false;
+  std::atomic<bool> mail_{false};  // spares the lock when nothing is there
+
+  // For status(): what the runner last saw of the layout.
+  std::atomic<std::uint64_t> memory_bytes_{0};
+  std::atomic<std::size_t> regions_{0};
+  std::atomic<SharingMode> sharing_{SharingMode::none};
+};
+
+}  // namespace uffdkit

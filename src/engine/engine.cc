@@ -1,0 +1,599 @@
+#include "engine/engine.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <poll.h>
+#include <sched.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/timerfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cerrno>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <set>
+#include <system_error>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+
+#include "base/clock.h"
+#include "engine/actor.h"
+#include "engine/signals_blocked.h"
+
+namespace uffdkit {
+namespace {
+
+// How often the supervisor looks, and after how many looks at which nothing has happened it sleeps.
+constexpr std::chrono::milliseconds kSampleTime{20};
+constexpr int kQuietSamples = 10;
+// Beyond this, clients that hold workers up hold up each other.
+constexpr std::size_t kWorkersMax = 64;
+constexpr std::size_t kScratchBytes = kFetchGranulesMax * 4096;
+// How long a command waits for a client that changes its address space without a pause.
+constexpr std::int64_t kCommandRetriesNs = 2'000'000'000;
+
+// What an epoll event is about: in the two lowest bits of its data, with the session's number above.
+enum class Source : std::uint64_t { uffd, process, queue, timer };
+
+std::uint64_t event_data(Source source, SessionId session) {
+  return session << 2 | static_cast<std::uint64_t>(source);
+}
+
+// Memory of a worker's own, made at the start and locked where that is allowed, so that serving a fault takes
+// none.
+class Scratch {
+ public:
+  static Result<std::unique_ptr<Scratch>> make() {
+    void* memory = ::mmap(nullptr, kScratchBytes, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    if (memory == MAP_FAILED) return Failure(Error::from_errno("map a worker's memory", errno));
+    (void)::mlock(memory, kScratchBytes);
+    return std::unique_ptr<Scratch>(new Scratch(memory));
+  }
+  ~Scratch() { ::munmap(memory_, kScratchBytes); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  std::span<std::byte> bytes() const { return {static_cast<std::byte*>(memory_), kScratchBytes}; }
+
+ private:
+  explicit Scratch(void* memory) : memory_(memory) {}
+  void* memory_;
+};
+
+Error no_thread(const std::system_error& error) {
+  return Error::from_errno("start a thread of the engine", error.code().value())
+      .with_remedy("raise the limit on threads (ulimit -u, TasksMax=)");
+}
+
+Error no_such_session(SessionId session) {
+  return Error(fmt::format("there is no session {}", session), ESRCH);
+}
+
+}  // namespace
+
+// What the workers share. Kept alive by its engine only; workers are joined before it goes.
+class Engine::Shared final : public ActorScheduler {
+ public:
+  Shared(const EngineOptions& options, EngineListener& listener) : options_(options), listener_(listener) {}
+
+  Result<void> start();
+  void stop();
+
+  Result<SessionId> attach(Attachment attachment);
+  // Runs `run` on the session and hands what it gives to `done`. `run` may answer EAGAIN for a while.
+  template <class T>
+  void command(SessionId session, std::function<Result<T>(Session&)> run,
+               std::function<void(Result<T>)> done);
+  std::shared_ptr<Actor> find(SessionId session);
+  std::vector<SessionStatus> statuses();
+
+  // ActorScheduler
+  void schedule(SessionId session) override;
+  void schedule_at(SessionId session, std::int64_t when_ns) override;
+  bool arm(SessionId session, int uffd) override;
+  bool look_again(std::int64_t last_fault_ns) override;
+  void ended(SessionId session) override;
+  void forked(SessionId parent, ForkedSession child) override;
+
+ private:
+  Result<void> admit(SessionId id, const std::shared_ptr<Actor>& actor);
+  SessionId next_session();
+  Result<void> watch(int operation, int fd, std::uint32_t events, std::uint64_t data) const;
+  struct Worker {
+    std::unique_ptr<Scratch> scratch;
+    std::atomic<std::uint32_t> turns{0};  // odd while it serves an event
+    std::jthread thread;
+  };
+  // Under supervisor_mutex_, or before there is a supervisor.
+  Result<void> start_worker();
+  void work(Worker& worker);
+  void supervise();
+  void wake_supervisor();
+  // Waits for an event, and serves it.
+  void serve_event(Worker& worker);
+  void run_queued(const Scratch& scratch);
+  void queue_what_is_due();
+  void set_timer(std::int64_t when_ns) const;
+
+  const EngineOptions options_;
+  EngineListener& listener_;
+
+  UniqueFd epoll_;
+  UniqueFd queued_;  // an eventfd that counts what is in queue_
+  UniqueFd timer_;   // fires when the first of due_ is due
+  std::atomic<bool> stopping_{false};
+  std::vector<std::unique_ptr<Worker>> workers_;
+
+  std::mutex supervisor_mutex_;
+  std::condition_variable supervisor_wakeup_;
+  std::atomic<bool> supervisor_asleep_{false};
+  std::jthread supervisor_;
+
+  std::mutex sessions_mutex_;
+  std::unordered_map<SessionId, std::shared_ptr<Actor>> sessions_;
+  SessionId last_session_ = 0;
+
+  std::mutex queue_mutex_;
+  std::deque<SessionId> queue_;
+
+  std::mutex timer_mutex_;
+  std::set<std::pair<std::int64_t, SessionId>> due_;
+  std::unordered_map<SessionId, std::int64_t> due_of_;  // the same by session
+};
+
+// ---- threads ----------------------------------------------------------------------------------------------
+
+Result<void> Engine::Shared::start() {
+  epoll_.reset(::epoll_create1(EPOLL_CLOEXEC));
+  queued_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK | EFD_SEMAPHORE));
+  timer_.reset(::timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK));
+  if (!epoll_ || !queued_ || !timer_)
+    return Failure(Error::from_errno("create the engine's descriptors", errno));
+  if (auto ok = watch(EPOLL_CTL_ADD, queued_.get(), EPOLLIN, event_data(Source::queue, 0)); !ok) return ok;
+  if (auto ok = watch(EPOLL_CTL_ADD, timer_.get(), EPOLLIN | EPOLLET, event_data(Source::timer, 0)); !ok)
+    return ok;
+
+  const unsigned count =
+      options_.workers != 0 ? options_.workers : std::max(2u, std::thread::hardware_concurrency());
+  for (unsigned i = 0; i < count; ++i)
+    if (auto started = start_worker(); !started) return started;
+  const SignalsBlocked blocked;
+  try {
+    supervisor_ = std::jthread([this] { supervise(); });
+  } catch (const std::system_error& error) {
+    return Failure(no_thread(error));
+  }
+  return {};
+}
+
+Result<void> Engine::Shared::start_worker() {
+  Result<std::unique_ptr<Scratch>> scratch = Scratch::make();
+  if (!scratch) return Failure(std::move(scratch).error());
+  auto worker = std::make_unique<Worker>();
+  worker->scratch = std::move(*scratch);
+  const SignalsBlocked blocked;
+  try {
+    worker->thread = std::jthread([this, own = worker.get()] { work(*own); });
+  } catch (const std::system_error& error) {
+    return Failure(no_thread(error));
+  }
+  workers_.push_back(std::move(worker));
+  return {};
+}
+
+// A call into the kernel for one client can last: its memory cgroup reclaims in our thread, its page table
+// lock is held. When every worker is held up so, the other clients get another worker.
+void Engine::Shared::supervise() {
+  std::vector<std::uint32_t> seen;
+  int quiet = 0;
+  std::unique_lock lock(supervisor_mutex_);
+  while (!stopping_.load()) {
+    bool changed = seen.size() != workers_.size();
+    bool all_held_up = !changed;
+    seen.resize(workers_.size());
+    for (std::size_t i = 0; i < workers_.size(); ++i) {
+      const std::uint32_t turns = workers_[i]->turns.load();
+      changed = changed || turns != seen[i];
+      all_held_up = all_held_up && turns == seen[i] && turns % 2 == 1;
+      seen[i] = turns;
+    }
+    // Without a further thread the others wait until one of these goes on.
+    if (all_held_up && workers_.size() < kWorkersMax) (void)start_worker();
+    quiet = changed || all_held_up ? 0 : quiet + 1;
+    if (quiet < kQuietSamples) {
+      supervisor_wakeup_.wait_for(lock, kSampleTime);
+      continue;
+    }
+    // Nothing happens: no more samples until something does. A worker that began before it could see that
+    // nobody watches is seen here.
+    supervisor_asleep_.store(true);
+    const auto began = [&] {
+      for (std::size_t i = 0; i < workers_.size(); ++i)
+        if (workers_[i]->turns.load() != seen[i]) return true;
+      return false;
+    };
+    if (!began())
+      supervisor_wakeup_.wait(lock, [&] { return !supervisor_asleep_.load() || stopping_.load(); });
+    supervisor_asleep_.store(false);
+    quiet = 0;
+  }
+}
+
+void Engine::Shared::wake_supervisor() {
+  {
+    const std::lock_guard lock(supervisor_mutex_);
+    supervisor_asleep_.store(false);
+  }
+  supervisor_wakeup_.notify_one();
+}
+
+void Engine::Shared::stop() {
+  stopping_.store(true);
+  if (supervisor_.joinable()) {
+    wake_supervisor();
+    supervisor_.join();
+  }
+  // Never read when stopping, so that every worker sees it.
+  const std::uint64_t many = 1u << 20;
+  (void)::write(queued_.get(), &many, sizeof many);
+  workers_.clear();
+  std::unordered_map<SessionId, std::shared_ptr<Actor>> sessions;
+  {
+    const std::lock_guard lock(sessions_mutex_);
+    sessions.swap(sessions_);
+  }
+  // A store that answers only now may hold an actor still.
+  for (const auto& [id, actor] : sessions) actor->stop();
+}
+
+void Engine::Shared::work(Worker& worker) {
+  while (!stopping_.load(std::memory_order_relaxed)) serve_event(worker);
+}
+
+void Engine::Shared::serve_event(Worker& worker) {
+  epoll_event event;
+  if (::epoll_wait(epoll_.get(), &event, 1, -1) != 1 || stopping_.load(std::memory_order_relaxed)) return;
+  const std::uint32_t turns = worker.turns.load(std::memory_order_relaxed);
+  worker.turns.store(turns + 1);
+  if (supervisor_asleep_.load()) wake_supervisor();
+  const SessionId session = event.data.u64 >> 2;
+  switch (static_cast<Source>(event.data.u64 & 3)) {
+    case Source::queue:
+      run_queued(*worker.scratch);
+      break;
+    case Source::timer:
+      queue_what_is_due();
+      break;
+    case Source::uffd:
+      if (const auto actor = find(session)) {
+        actor->disarmed();
+        actor->run(worker.scratch->bytes());
+      }
+      break;
+    case Source::process:
+      if (const auto actor = find(session)) {
+        actor->post([](Session& served) { return served.check_target(), true; });
+        actor->run(worker.scratch->bytes());
+      }
+      break;
+  }
+  worker.turns.store(turns + 2, std::memory_order_relaxed);
+}
+
+void Engine::Shared::run_queued(const Scratch& scratch) {
+  std::uint64_t one = 0;
+  if (::read(queued_.get(), &one, sizeof one) != sizeof one) return;  // another worker took it
+  std::shared_ptr<Actor> actor;
+  {
+    const std::lock_guard lock(queue_mutex_);
+    if (queue_.empty()) return;
+    const SessionId session = queue_.front();
+    queue_.pop_front();
+    actor = find(session);
+  }
+  if (actor) actor->run(scratch.bytes());
+}
+
+void Engine::Shared::queue_what_is_due() {
+  std::uint64_t expirations = 0;
+  (void)::read(timer_.get(), &expirations, sizeof expirations);
+  std::vector<SessionId> now_due;
+  {
+    const std::lock_guard lock(timer_mutex_);
+    const std::int64_t now = monotonic_ns();
+    while (!due_.empty() && due_.begin()->first <= now) {
+      now_due.push_back(due_.begin()->second);
+      due_of_.erase(due_.begin()->second);
+      due_.erase(due_.begin());
+    }
+    if (!due_.empty()) set_timer(due_.begin()->first);
+  }
+  for (const SessionId session : now_due) {
+    if (const auto actor = find(session)) actor->timer_fired();
+    schedule(session);
+  }
+}
+
+void Engine::Shared::set_timer(std::int64_t when_ns) const {
+  const itimerspec at{.it_interval = {}, .it_value = {when_ns / 1'000'000'000, when_ns % 1'000'000'000}};
+  (void)::timerfd_settime(timer_.get(), TFD_TIMER_ABSTIME, &at, nullptr);
+}
+
+// ---- ActorScheduler ---------------------------------------------------------------------------------------
+
+Result<void> Engine::Shared::watch(int operation, int fd, std::uint32_t events, std::uint64_t data) const {
+  epoll_event event{};
+  event.events = events;
+  event.data.u64 = data;
+  if (::epoll_ctl(epoll_.get(), operation, fd, &event) < 0)
+    return Failure(Error::from_errno("watch a descriptor", errno));
+  return {};
+}
+
+void Engine::Shared::schedule(SessionId session) {
+  {
+    const std::lock_guard lock(queue_mutex_);
+    queue_.push_back(session);
+  }
+  const std::uint64_t one = 1;
+  (void)::write(queued_.get(), &one, sizeof one);
+}
+
+void Engine::Shared::schedule_at(SessionId session, std::int64_t when_ns) {
+  const std::lock_guard lock(timer_mutex_);
+  const auto known = due_of_.find(session);
+  if (known != due_of_.end()) {
+    // One time for each session, the earliest that it asked for: when that comes, it asks again.
+    if (known->second <= when_ns) return;
+    due_.erase({known->second, session});
+  }
+  due_of_[session] = when_ns;
+  due_.emplace(when_ns, session);
+  if (due_.begin()->second == session) set_timer(when_ns);
+}
+
+bool Engine::Shared::arm(SessionId session, int uffd) {
+  // The set has held the descriptor since the session was admitted, unless there was no kernel memory for
+  // that.
+  const std::uint64_t data = event_data(Source::uffd, session);
+  return watch(EPOLL_CTL_MOD, uffd, EPOLLIN | EPOLLONESHOT, data).has_value() ||
+         watch(EPOLL_CTL_ADD, uffd, EPOLLIN | EPOLLONESHOT, data).has_value();
+}
+
+bool Engine::Shared::look_again(std::int64_t last_fault_ns) {
+  if (options_.spin_ns == 0 || monotonic_ns() - last_fault_ns >= options_.spin_ns) return false;
+  // The thread that has the next fault may be waiting for this CPU.
+  ::sched_yield();
+  // Whatever else there is to do comes first.
+  pollfd events{.fd = epoll_.get(), .events = POLLIN, .revents = 0};
+  return ::poll(&events, 1, 0) == 0;
+}
+
+void Engine::Shared::ended(SessionId session) {
+  std::shared_ptr<Actor> actor;
+  const std::lock_guard lock(sessions_mutex_);
+  const auto found = sessions_.find(session);
+  if (found == sessions_.end()) return;
+  actor = std::move(found->second);
+  sessions_.erase(found);
+  // Other holders of the descriptors may keep them open, so closing ours does not take them out of the set.
+  (void)::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, actor->uffd(), nullptr);
+  if (actor->process() >= 0) (void)::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, actor->process(), nullptr);
+}
+
+// ---- sessions ---------------------------------------------------------------------------------------------
+
+std::shared_ptr<Actor> Engine::Shared::find(SessionId session) {
+  const std::lock_guard lock(sessions_mutex_);
+  const auto found = sessions_.find(session);
+  return found == sessions_.end() ? nullptr : found->second;
+}
+
+Result<SessionId> Engine::Shared::attach(Attachment attachment) {
+  for (const RegionRecord& region : attachment.state.regions()) {
+    if (!region.live) continue;
+    const std::uint64_t size = attachment.lane ? attachment.lane->store()->size().value : 0;
+    if (region.offset.value > size || region.length.value > size - region.offset.value)
+      return Failure(Error(fmt::format("the session needs {} bytes from offset {} of its image, which has {}",
+                                       region.length.value, region.offset.value, size),
+                           ESTALE));
+  }
+  const bool taken_up = !attachment.state.layout().segments().empty();
+  const bool watched_process = attachment.process.has_value();
+  const SessionId id = next_session();
+  std::vector<std::shared_ptr<StoreLane>> lanes;
+  for (const RegionRecord& region : attachment.state.regions())
+    lanes.push_back(region.live ? attachment.lane : nullptr);
+  auto actor = std::make_shared<Actor>(id, 0, std::move(attachment.uffd), std::move(attachment.state),
+                                       std::move(lanes), options_.session, std::move(attachment.process),
+                                       *this, listener_);
+  // Nobody runs it yet, so the commands are done before the first fault is read.
+  std::optional<Error> refused;
+  actor->post([&](Session& session) {
+    // Its process may go on without the memory, by exec, which no pidfd tells.
+    if (watched_process) session.watch_target();
+    for (const RegionSpec& region : attachment.regions) {
+      if (refused) return true;
+      if (auto added = session.add_region(region.memory, region.offset, region.page_size, attachment.lane,
+                                          region.tag, region.sharing);
+          !added)
+        refused = added.error();
+    }
+    if (taken_up) session.wake_all();
+    return true;
+  });
+  actor->prepare();
+  if (refused) return Failure(*std::move(refused));
+  if (auto admitted = admit(id, actor); !admitted) return Failure(std::move(admitted).error());
+  return id;
+}
+
+SessionId Engine::Shared::next_session() {
+  const std::lock_guard lock(sessions_mutex_);
+  return ++last_session_;
+}
+
+Result<void> Engine::Shared::admit(SessionId id, const std::shared_ptr<Actor>& actor) {
+  {
+    const std::lock_guard lock(sessions_mutex_);
+    sessions_.emplace(id, actor);
+  }
+  // Not armed yet: the first run arms it.
+  Result<void> watched = watch(EPOLL_CTL_ADD, actor->uffd(), 0, event_data(Source::uffd, id));
+  if (watched && actor->process() >= 0)
+    watched = watch(EPOLL_CTL_ADD, actor->process(), EPOLLIN | EPOLLONESHOT, event_data(Source::process, id));
+  if (!watched) {
+    ended(id);
+    return watched;
+  }
+  schedule(id);
+  return {};
+}
+
+void Engine::Shared::forked(SessionId parent, ForkedSession child) {
+  const SessionId id = next_session();
+  auto actor =
+      std::make_shared<Actor>(id, parent, std::move(child.uffd), std::move(child.state),
+                              std::move(child.lanes), options_.session, std::nullopt, *this, listener_);
+  // Nobody knows the child's process: that it has ended is found by looking.
+  actor->post([&child](Session& session) {
+    session.share(child.shared);
+    session.watch_target();
+    return true;
+  });
+  actor->prepare();
+  {
+    const std::lock_guard lock(sessions_mutex_);
+    sessions_.emplace(id, actor);
+  }
+  // Whoever hears of it may ask something of it at once; nobody else runs it yet, so its end comes later.
+  listener_.session_forked(actor->status());
+  // Its first run arms its descriptor.
+  schedule(id);
+}
+
+template <class T>
+void Engine::Shared::command(SessionId session, std::function<Result<T>(Session&)> run,
+                             std::function<void(Result<T>)> done) {
+  const std::shared_ptr<Actor> actor = find(session);
+  const std::int64_t give_up_ns = monotonic_ns() + kCommandRetriesNs;
+  const bool posted = actor && actor->post([=](Session& served) {
+    Result<T> result = served.end() ? Failure(no_such_session(session)) : run(served);
+    if (!result && result.error().os_error() == EAGAIN && monotonic_ns() < give_up_ns) return false;
+    done(std::move(result));
+    return true;
+  });
+  if (!posted) return done(Failure(no_such_session(session)));
+  schedule(session);
+}
+
+std::vector<SessionStatus> Engine::Shared::statuses() {
+  std::vector<std::shared_ptr<Actor>> actors;
+  {
+    const std::lock_guard lock(sessions_mutex_);
+    for (const auto& [id, actor] : sessions_) actors.push_back(actor);
+  }
+  std::vector<SessionStatus> statuses;
+  for (const auto& actor : actors) statuses.push_back(actor->status());
+  std::sort(statuses.begin(), statuses.end(), [](const auto& a, const auto& b) { return a.id < b.id; });
+  return statuses;
+}
+
+// ---- Engine -----------------------------------------------------------------------------------------------
+
+Engine::Engine(std::shared_ptr<Shared> shared) : shared_(std::move(shared)) {}
+
+Engine::~Engine() {
+  shared_->stop();
+}
+
+Result<std::unique_ptr<Engine>> Engine::create(const EngineOptions& options, EngineListener& listener) {
+  const std::uint64_t around = options.session.fault_around.value;
+  if (!std::has_single_bit(around) || around > kFetchGranulesMax)
+    return Failure(
+        Error(fmt::format("fault_around is {}, not a power of two from 1 to {}", around, kFetchGranulesMax),
+              EINVAL));
+  std::unique_ptr<Engine> engine(new Engine(std::make_shared<Shared>(options, listener)));
+  if (auto started = engine->shared_->start(); !started) return Failure(std::move(started).error());
+  return engine;
+}
+
+Result<SessionId> Engine::attach(Attachment attachment) {
+  return shared_->attach(std::move(attachment));
+}
+
+void Engine::add_region(SessionId session, const RegionSpec& region, std::shared_ptr<StoreLane> lane,
+                        Done done) {
+  const auto run = [region, lane = std::move(lane)](Session& served) -> Result<void> {
+    if (served.is_changing())
+      return Failure(Error("the client changes its address space without a pause", EAGAIN)
+                         .with_remedy("map and unmap less while a region is added"));
+    return served.add_region(region.memory, region.offset, region.page_size, lane, region.tag,
+                             region.sharing);
+  };
+  shared_->command<void>(session, run, std::move(done));
+}
+
+void Engine::drop(SessionId session, AddressRange memory, Done done) {
+  shared_->command<void>(session, [memory](Session& served) { return served.drop(memory); }, std::move(done));
+}
+
+void Engine::drop_tagged(SessionId session, RegionTag tag, Dropped done) {
+  shared_->command<std::vector<AddressRange>>(
+      session, [tag](Session& served) { return served.drop_tagged(tag); }, std::move(done));
+}
+
+void Engine::begin_detach(SessionId session, Unreadable unreadable, Done done) {
+  shared_->command<void>(
+      session,
+      [unreadable](Session& served) -> Result<void> {
+        return served.begin_detach(unreadable), Result<void>();
+      },
+      std::move(done));
+}
+
+void Engine::release(SessionId session, Done done) {
+  shared_->command<void>(
+      session, [](Session& served) -> Result<void> { return served.release(), Result<void>(); },
+      std::move(done));
+}
+
+void Engine::abandon(SessionId session, Done done) {
+  shared_->command<void>(
+      session, [](Session& served) -> Result<void> { return served.abandon(), Result<void>(); },
+      std::move(done));
+}
+
+void Engine::kill(SessionId session, const std::string& why, Done done) {
+  shared_->command<void>(
+      session, [why](Session& served) -> Result<void> { return served.fail(why), Result<void>(); },
+      std::move(done));
+}
+
+Result<UniqueFd> Engine::state_file(SessionId session) {
+  const std::shared_ptr<Actor> actor = shared_->find(session);
+  if (!actor) return Failure(no_such_session(session));
+  UniqueFd file(::open(fmt::format("/proc/self/fd/{}", actor->state_file()).c_str(), O_RDONLY | O_CLOEXEC));
+  if (!file) return Failure(Error::from_errno("reopen a session's state file", errno));
+  return file;
+}
+
+std::vector<SessionStatus> Engine::sessions() {
+  return shared_->statuses();
+}
+
+std::optional<SessionStatus> Engine::session(SessionId session) {
+  const std::shared_ptr<Actor> actor = shared_->find(session);
+  if (!actor) return std::nullopt;
+  return actor->status();
+}
+
+}  // namespace uffdkit

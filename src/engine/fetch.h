@@ -1,0 +1,46 @@
+// A run of pages on its way from a store to a client's memory.
+#pragma once
+
+#include <uffdkit/error.h>
+#include <uffdkit/store.h>
+#include <uffdkit/units.h>
+
+#include <bitset>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+
+namespace uffdkit {
+
+// The most granules that one fetch brings: one huge page.
+inline constexpr std::size_t kFetchGranulesMax = 512;
+
+class SharedImage;
+
+struct Fetch {
+  std::uint64_t id;  // within its session
+  PageCount granules;
+  StoreOffset from;
+  std::shared_ptr<Store> store;
+  // Whose pages it brings, for a region that shares them; such a fetch has no buffer.
+  std::shared_ptr<SharedImage> shared;
+  std::unique_ptr<std::byte[]> buffer;    // `granules` pages, filled by read_fetch()
+  std::bitset<kFetchGranulesMax> failed;  // pages that could not be read (bit 0: the first)
+  std::optional<Error> error;             // the first failure
+
+  ByteCount bytes() const { return kPage4K.bytes(granules); }
+};
+
+// Reads a fetch's bytes, waiting as long as it takes. When the whole cannot be read, each page is tried
+// alone, so that one bad page does not condemn its neighbours.
+void read_fetch(Fetch& fetch);
+
+// Where a fetch goes when it has been read. Called from any thread.
+class FetchSink {
+ public:
+  virtual ~FetchSink() = default;
+  virtual void fetched(std::unique_ptr<Fetch> fetch) = 0;
+};
+
+}  // namespace uffdkit

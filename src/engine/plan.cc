@@ -1,0 +1,50 @@
+#include "engine/plan.h"
+
+#include <algorithm>
+
+namespace uffdkit {
+namespace {
+
+FaultPlan::Action action_for(const PageTable& table, PageRange page) {
+  bool all_zero = true;
+  for (PageIndex granule = page.first; granule < page.end(); granule = granule + PageCount(1)) {
+    const PageState state = table.get(granule);
+    if (state == PageState::fetching) return FaultPlan::Action::wait;
+    if (state == PageState::poisoned) return FaultPlan::Action::poison;
+    all_zero = all_zero && reads_as_zero(state);
+  }
+  return all_zero ? FaultPlan::Action::zero : FaultPlan::Action::read;
+}
+
+}  // namespace
+
+PageRange page_of(const Segment& segment, PageIndex granule) {
+  // Pages are counted from the segment's start, which is page aligned.
+  const std::uint64_t per_page = kPage4K.pages(segment.page_size.bytes()).value;
+  const std::uint64_t into_segment = granule.value - segment.first.value;
+  return {PageIndex(segment.first.value + into_segment / per_page * per_page), PageCount(per_page)};
+}
+
+FaultPlan plan_fault(const PageTable& table, const Segment& segment, PageIndex fault, PageCount around) {
+  const PageRange page = page_of(segment, fault);
+  const FaultPlan::Action action = action_for(table, page);
+  FaultPlan plan{.action = action, .granules = page};
+  const bool brings_neighbours = action == FaultPlan::Action::read || action == FaultPlan::Action::zero;
+  if (!brings_neighbours || around <= page.count) return plan;
+
+  const PageRange segment_granules = segment.granules();
+  const PageIndex window_start(page.first.value / around.value * around.value);
+  const PageIndex first = std::max(window_start, segment_granules.first);
+  const PageIndex end = std::min(window_start + around, segment_granules.end());
+  const PageState wanted = action == FaultPlan::Action::read ? PageState::absent : PageState::removed;
+  // Only regions of 4 KiB pages come here with neighbours unless the window spans several huge pages; then
+  // the run is cut back to whole pages.
+  const PageIndex run_first = table.start_of_run(page.first, first, wanted);
+  const PageIndex run_end = table.end_of_run(page.end(), end, wanted);
+  const std::uint64_t before = (page.first - run_first).value / page.count.value * page.count.value;
+  const std::uint64_t behind = (run_end - page.end()).value / page.count.value * page.count.value;
+  plan.granules = {page.first - PageCount(before), page.count + PageCount(before + behind)};
+  return plan;
+}
+
+}  // namespace uffdkit

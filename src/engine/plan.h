@@ -1,0 +1,32 @@
+// What to do about a fault: decided from what is known of the pages, without asking anybody. Pure.
+#pragma once
+
+#include <uffdkit/units.h>
+
+#include <cstdint>
+
+#include "engine/layout.h"
+#include "engine/page_table.h"
+
+namespace uffdkit {
+
+struct FaultPlan {
+  enum class Action : std::uint8_t {
+    read,    // bring `granules` from the store
+    zero,    // map zero pages over `granules`
+    poison,  // the page cannot be had: `granules` is the page
+    wait,    // the page is being fetched: whoever brings it wakes its readers
+  };
+  Action action;
+  PageRange granules;  // a run of whole pages around the fault, within the segment
+};
+
+// The page of the segment that holds `granule`.
+PageRange page_of(const Segment& segment, PageIndex granule);
+
+// `fault` is the granule of the faulting address, within `segment`. `around` bounds the run that comes with
+// the page: it is cut out of the aligned window of so many granules (a power of two), and holds, besides the
+// faulting page, only pages which have never been asked for (read) or all have been removed (zero).
+FaultPlan plan_fault(const PageTable& table, const Segment& segment, PageIndex fault, PageCount around);
+
+}  // namespace uffdkit

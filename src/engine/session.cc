@@ -1,0 +1,1080 @@
+#include "engine/session.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "base/check.h"
+#include "kernel/huge_page_pool.h"
+
+namespace uffdkit {
+namespace {
+
+constexpr std::size_t kMessagesPerRead = 64;  // 2 KiB
+constexpr int kReadsPerStep = 16;             // then others get their turn
+constexpr std::size_t kServedPerStep = 64;    // likewise
+constexpr int kPopulateRunsPerStep = 8;       // likewise
+constexpr std::size_t kPendingMax = 1024;     // faults kept; more are forgotten and come back by a wake
+constexpr std::size_t kFetchesMax = 16;       // under way at once for one store, so that buffers are bounded
+constexpr std::uint64_t kScannedPerRun = 1u << 16;  // page states looked at in search of one that is absent
+constexpr PageCount kPopulateGranules{64};          // 256 KiB: COPY gains nothing from longer runs
+constexpr unsigned kNoMemoryAttemptsMax = 2000;     // about ten seconds
+
+// How long a fault is put off the first time, and at most. The kernel refuses for as long as the client's
+// thread that changes the address space has not run again, which was seen to take a millisecond.
+constexpr std::int64_t kPutOffFirstNs = 100'000;
+constexpr std::int64_t kPutOffMaxNs = 5'000'000;
+
+// How often an end is tried whose client still changes its address space, and how long: no more of these
+// changes come when all is unregistered, unless the client registers memory of its own.
+constexpr std::int64_t kEndingRetryNs = 200'000;
+constexpr std::int64_t kEndingMaxNs = 10'000'000'000;
+// How often a client's memory is looked at, whether it is still there: at first, and at most. The pauses
+// double while the client does nothing, so that idle ones cost nothing to speak of.
+constexpr std::int64_t kTargetCheckFirstNs = 1'000'000'000;
+constexpr std::int64_t kTargetCheckMaxNs = 8'000'000'000;
+
+// How soon a read that failed for want of a descriptor is tried again.
+constexpr std::int64_t kNoDescriptorRetryNs = 100'000'000;
+
+constexpr PageCount kOneGranule{1};
+
+alignas(4096) constinit std::array<std::byte, 2u << 20> zero_huge_page{};
+
+bool is_zero(std::span<const std::byte> bytes) {
+  return bytes[0] == std::byte{0} && std::memcmp(bytes.data(), bytes.data() + 1, bytes.size() - 1) == 0;
+}
+
+Result<void> check_region(AddressRange memory, StoreOffset offset, PageSize page_size, const Store& store) {
+  const std::uint64_t size = store.size().value;
+  if (page_size.bytes().value > zero_huge_page.size())
+    return Failure(Error(fmt::format("pages of {} bytes are not served", page_size.bytes().value), EINVAL));
+  if (memory.length.value == 0 || !page_size.is_aligned(memory.start.value) ||
+      !page_size.is_aligned(memory.length.value) || !kPage4K.is_aligned(offset.value))
+    return Failure(Error("a region is not of whole pages", EINVAL));
+  if (memory.start >= kStateAddressEnd || memory.length > kStateAddressEnd - memory.start)
+    return Failure(Error("a region lies outside of the address space", EINVAL));
+  if (offset.value > size || memory.length.value > size - offset.value)
+    return Failure(Error(fmt::format("a region needs {} bytes from offset {} of {}, which has {}",
+                                     memory.length.value, offset.value, store.name(), size),
+                         EINVAL));
+  return {};
+}
+
+Error no_memory_for(Address page) {
+  return Error(fmt::format("no memory for the page at {:#x}", page.value))
+      .with_remedy("raise the client's memory limit, or the pool of huge pages");
+}
+
+// One more than before. Only the session's owner writes, so no locked instruction is needed.
+void add(std::atomic<std::uint64_t>& counter, std::uint64_t count = 1) {
+  counter.store(counter.load(std::memory_order_relaxed) + count, std::memory_order_relaxed);
+}
+
+PageCount granules_per_page(const Segment& segment) {
+  return kPage4K.pages(segment.page_size.bytes());
+}
+
+}  // namespace
+
+Session::Session(Uffd uffd, SessionState state, std::vector<std::shared_ptr<StoreLane>> lanes,
+                 SessionOptions options, SessionHost& host)
+    : uffd_(std::move(uffd)), state_(std::move(state)), options_(options), host_(host) {
+  CHECK(lanes.size() == state_.regions().size());
+  for (std::shared_ptr<StoreLane>& lane : lanes)
+    serving_.push_back(lane ? RegionServing{.lane = std::move(lane), .serial = ++last_serial_}
+                            : RegionServing());
+}
+
+// ---- what owners ask for ----------------------------------------------------------------------------------
+
+Result<void> Session::add_region(AddressRange memory, StoreOffset offset, PageSize page_size,
+                                 std::shared_ptr<StoreLane> lane, RegionTag tag, Sharing sharing) {
+  if (auto valid = check_region(memory, offset, page_size, *lane->store()); !valid) return valid;
+  if (sharing.mode != SharingMode::none && page_size != kPage4K)
+    return Failure(Error("an image is shared in pages of 4 KiB only", EINVAL));
+  const Result<RegionId> id = state_.add_region(memory, offset, page_size, sharing.mode);
+  if (!id) return Failure(id.error());
+  serving_.resize(state_.regions().size());
+  serving_[*id] = {
+      .lane = std::move(lane), .serial = ++last_serial_, .tag = tag, .shared = std::move(sharing.image)};
+  forget_dropped_regions();
+  return {};
+}
+
+Result<std::vector<AddressRange>> Session::drop_tagged(RegionTag tag) {
+  std::vector<AddressRange> left;
+  for (const Segment& segment : state_.layout().segments())
+    if (segment.region != kZeroRegion && serving_[segment.region].tag == tag) left.push_back(segment.memory);
+  for (const AddressRange memory : left)
+    if (auto dropped = drop(memory); !dropped) return Failure(std::move(dropped).error());
+  return left;
+}
+
+Result<void> Session::drop(AddressRange memory) {
+  const Put zeroed = zero_all(memory);
+  if (zeroed != Put::done && zeroed != Put::gone)
+    return Failure(Error("the client is changing its memory", EAGAIN).with_remedy("ask again"));
+  Result<void> erased = state_.erase(memory);
+  forget_dropped_regions();
+  std::erase_if(pending_, [&](const Pending& pending) { return memory.contains(pending.page); });
+  return erased;
+}
+
+void Session::forget_dropped_regions() {
+  for (RegionId id = 0; id < serving_.size(); ++id)
+    if (!state_.regions()[id].live) serving_[id] = RegionServing();
+}
+
+void Session::wake(AddressRange range) const {
+  // Refused only for ranges that are not whole pages, which none of ours is.
+  (void)uffd_.wake(range);
+}
+
+void Session::wake_all() {
+  for (const Segment& segment : state_.layout().segments()) wake(segment.memory);
+}
+
+void Session::begin_detach(Unreadable unreadable) {
+  if (detaching_) return;
+  unreadable_ = unreadable;
+  detaching_ = true;
+  populate_from_ = Address(0);
+  populate_again_ = false;
+}
+
+void Session::release() {
+  if (end_) return;
+  if (sharing() == SharingMode::none) return begin_end(SessionEnd::released);
+  detaching_ = false;
+  begin_detach(Unreadable::poison);
+  releasing_ = true;
+}
+
+void Session::watch_target() {
+  const std::uint64_t faults = counters_.faults.load(std::memory_order_relaxed);
+  const bool idle = check_target_at_ns_ != 0 && faults == faults_at_check_;
+  target_check_ns_ = idle ? std::min(target_check_ns_ * 2, kTargetCheckMaxNs) : kTargetCheckFirstNs;
+  faults_at_check_ = faults;
+  check_target_at_ns_ = host_.now_ns() + target_check_ns_;
+}
+
+void Session::check_target() {
+  if (end_) return;
+  if (!uffd_.target_alive()) return finish(SessionEnd::gone);
+  watch_target();
+}
+
+void Session::unregister_all() {
+  // A piece may be unmapped already, and the whole process may be gone: either way nothing is left to
+  // unregister.
+  for (const Segment& segment : state_.layout().segments()) (void)uffd_.unregister_range(segment.memory);
+}
+
+void Session::begin_end(SessionEnd end) {
+  if (ending_) return;
+  ending_ = end;
+  ending_since_ns_ = host_.now_ns();
+  pending_.clear();
+  unregister_all();
+}
+
+void Session::finish_ending() {
+  if (!ending_) return;
+  // A thread may have begun to change its memory before that was unregistered: its event is still to be read,
+  // or the thread would sleep until the last descriptor is closed.
+  if (is_changing() && host_.now_ns() - ending_since_ns_ < kEndingMaxNs) return;
+  finish(*ending_);
+}
+
+void Session::fail(const std::string& why) {
+  if (end_) return;
+  if (condemned_) return;
+  if (host_.kill_client()) {
+    host_.warn(why + "; the client was killed, so that it reads no wrong bytes");
+    return finish(SessionEnd::failed);
+  }
+  // Closing the descriptor now would turn what is missing into zeros.
+  host_.warn(why + "; what the client has not got answers with SIGBUS");
+  condemned_ = true;
+  for (const Segment& segment : state_.layout().segments()) {
+    if (segment.region == kZeroRegion) continue;
+    PageTable& table = state_.table(segment.region);
+    const PageRange granules = segment.granules();
+    for (PageIndex granule = granules.first; granule < granules.end(); granule = granule + kOneGranule)
+      if (table.get(granule) == PageState::absent || table.get(granule) == PageState::fetching)
+        table.set(granule, PageState::poisoned);
+  }
+  detaching_ = false;
+  begin_detach(Unreadable::poison);
+  watch_target();
+}
+
+void Session::finish(SessionEnd end) {
+  if (end_) return;
+  end_ = end;
+  pending_.clear();
+}
+
+// ---- a step -----------------------------------------------------------------------------------------------
+
+Session::Next Session::step() {
+  bool all_read = true;
+  bool all_served = true;
+  bool populating = false;
+  if (!end_ && check_target_at_ns_ != 0 && check_target_at_ns_ <= host_.now_ns()) check_target();
+  if (!end_) all_read = drain();
+  if (!end_ && !ending_) install_returned();
+  if (!end_ && !ending_) all_served = serve_pending();
+  if (!end_ && !ending_ && detaching_) populating = populate();
+  if (!end_ && ending_ && all_read) finish_ending();
+  if (!end_ && overflowed_ && pending_.size() < kPendingMax / 2) {
+    overflowed_ = false;
+    wake_all();
+  }
+  publish_pending();
+
+  Next next;
+  if (end_) return next;
+  next.again = !all_read || !all_served || populating;
+  const auto sooner = [&](std::int64_t at) {
+    if (at != 0 && (next.wake_at_ns == 0 || at < next.wake_at_ns)) next.wake_at_ns = at;
+  };
+  for (const Pending& pending : pending_)
+    if (pending.fetch == 0 && !pending.blocked) sooner(pending.not_before_ns);
+  if (detaching_) sooner(populate_not_before_ns_);
+  if (ending_) sooner(host_.now_ns() + kEndingRetryNs);
+  sooner(check_target_at_ns_);
+  sooner(read_not_before_ns_);
+  return next;
+}
+
+void Session::publish_pending() {
+  std::int64_t oldest = 0;
+  for (const Pending& pending : pending_)
+    if (oldest == 0 || pending.since_ns < oldest) oldest = pending.since_ns;
+  counters_.pending.store(pending_.size(), std::memory_order_relaxed);
+  counters_.oldest_since_ns.store(oldest, std::memory_order_relaxed);
+}
+
+// ---- messages ---------------------------------------------------------------------------------------------
+
+bool Session::drain() {
+  std::array<abi::Msg, kMessagesPerRead> messages;
+  if (read_not_before_ns_ != 0 && host_.now_ns() < read_not_before_ns_) return true;
+  read_not_before_ns_ = 0;
+  for (int reads = 0; reads < kReadsPerStep; ++reads) {
+    const ReadOutcome read = uffd_.read(messages);
+    if (read.os_error == EMFILE || read.os_error == ENFILE) {
+      // A fork message needs a descriptor; it stays until there is one.
+      host_.warn("a fork cannot be followed: no free file descriptor (raise LimitNOFILE=)");
+      read_not_before_ns_ = host_.now_ns() + kNoDescriptorRetryNs;
+      return true;
+    }
+    if (read.os_error != 0) {
+      fail(Error::from_errno("read a userfaultfd", read.os_error).message());
+      return true;
+    }
+    for (const abi::Msg& raw : std::span(messages).first(read.messages)) {
+      const Message message = decode(raw);
+      if (const auto* fault = std::get_if<Fault>(&message)) {
+        take(*fault);
+      } else if (const auto* removed = std::get_if<RemoveEvent>(&message)) {
+        apply(*removed);
+      } else if (const auto* unmapped = std::get_if<UnmapEvent>(&message)) {
+        apply(*unmapped);
+      } else if (const auto* moved = std::get_if<RemapEvent>(&message)) {
+        apply(*moved);
+      } else if (const auto* forked = std::get_if<ForkEvent>(&message)) {
+        apply(*forked);
+      } else {
+        fail(fmt::format("an event of kind {:#x} cannot be followed", raw.event));
+      }
+    }
+    // The kernel gives as many as wait and fit.
+    if (read.messages < messages.size()) return true;
+  }
+  return false;
+}
+
+void Session::take(const Fault& fault) {
+  add(counters_.faults);
+  const Segment* segment = state_.layout().find(fault.address);
+  const PageSize page_size = segment != nullptr ? segment->page_size : kPage4K;
+  const Address page(page_size.round_down(fault.address.value));
+  for (const Pending& known : pending_) {
+    if (known.page != page || known.kind != fault.kind) continue;
+    add(counters_.faults_merged);
+    return;
+  }
+  if (pending_.size() == kPendingMax) {
+    overflowed_ = true;
+    return;
+  }
+  pending_.push_back({.page = page, .kind = fault.kind, .since_ns = host_.now_ns()});
+}
+
+void Session::apply(const RemoveEvent& event) {
+  add(counters_.events);
+  for (const RegionPart& part : state_.layout().parts_in(event.range)) {
+    // There the kernel shows what is in the image's memory, now and later: so do we.
+    if (state_.regions()[part.region].sharing != SharingMode::page_cache)
+      state_.table(part.region).set(part.granules, PageState::removed);
+    add(counters_.pages_removed, part.granules.count.value);
+  }
+}
+
+void Session::apply(const UnmapEvent& event) {
+  add(counters_.events);
+  if (auto erased = state_.erase(event.range); !erased) fail(erased.error().message());
+  forget_dropped_regions();
+}
+
+void Session::apply(const RemapEvent& event) {
+  add(counters_.events);
+  if (auto moved = state_.move(event.from, event.to); !moved) fail(moved.error().message());
+  forget_dropped_regions();
+}
+
+void Session::apply(const ForkEvent& event) {
+  add(counters_.events);
+  // The kernel made the child's with the features of its parent's.
+  Uffd child = uffd_.adopt_child(event.child_fd);
+  // What the parent's memory holds, the child's holds too: nothing was filled since fork(2) began, because
+  // the kernel refuses that until this message has been read.
+  Result<SessionState> state = state_.clone();
+  if (state) {
+    std::vector<std::shared_ptr<StoreLane>> lanes;
+    std::vector<std::shared_ptr<SharedImage>> shared;
+    for (const RegionServing& serving : serving_) {
+      lanes.push_back(serving.lane);
+      shared.push_back(serving.shared);
+    }
+    host_.forked(std::make_unique<ForkedSession>(ForkedSession{.uffd = std::move(child),
+                                                               .state = std::move(*state),
+                                                               .lanes = std::move(lanes),
+                                                               .shared = std::move(shared)}));
+    return;
+  }
+  host_.warn(std::move(state)
+                 .error()
+                 .within("a child of fork cannot be served, and waits for ever for what is missing")
+                 .text());
+  orphans_.push_back(std::move(child));
+}
+
+// ---- faults -----------------------------------------------------------------------------------------------
+
+bool Session::serve_pending() {
+  const std::int64_t now = pending_.empty() ? 0 : host_.now_ns();
+  std::size_t served = 0;
+  std::size_t kept = 0;
+  std::size_t next = 0;
+  for (; next < pending_.size() && served < kServedPerStep; ++next) {
+    Pending pending = pending_[next];
+    if (pending.fetch == 0 && !pending.blocked && pending.not_before_ns <= now) {
+      ++served;
+      const Served result = serve(pending);
+      if (end_) return true;
+      if (result == Served::done) continue;
+    }
+    pending_[kept++] = pending;
+  }
+  const bool all = next == pending_.size();
+  pending_.erase(pending_.begin() + static_cast<std::ptrdiff_t>(kept),
+                 pending_.begin() + static_cast<std::ptrdiff_t>(next));
+  return all;
+}
+
+Session::Served Session::serve(Pending& pending) {
+  // What lies there may have changed since the fault was read.
+  const Segment* segment = state_.layout().find(pending.page);
+  const PageSize page_size = segment != nullptr ? segment->page_size : kPage4K;
+  pending.page = Address(page_size.round_down(pending.page.value));
+  pending.not_before_ns = 0;
+  if (pending.kind == Fault::Kind::missing || (pending.kind == Fault::Kind::minor && shares(segment)))
+    return serve_missing(pending);
+  // Nothing here protects pages or maps what is in the page cache already; the client's own doing is undone.
+  const AddressRange page{pending.page, page_size.bytes()};
+  const Outcome outcome =
+      pending.kind == Fault::Kind::write_protect ? uffd_.unprotect(page) : uffd_.resume(page);
+  if (outcome.stop == Stop::changing || outcome.stop == Stop::no_memory) return put_off(pending);
+  if (outcome.stop == Stop::gone) finish(SessionEnd::gone);
+  if (outcome.stop != Stop::complete) wake(page);
+  return Served::done;
+}
+
+Session::Served Session::serve_missing(Pending& pending) {
+  const Segment* segment = state_.layout().find(pending.page);
+  if (segment == nullptr) return serve_outside(pending, kPage4K);
+  if (segment->region == kZeroRegion) return serve_outside(pending, segment->page_size);
+  const PageIndex wanted = segment->granule_at(pending.page);
+  const bool shared = serving_[segment->region].shared != nullptr;
+  const FaultPlan plan = plan_fault(state_.table(segment->region), *segment, wanted,
+                                    shared ? options_.shared_fault_around : options_.fault_around);
+  switch (plan.action) {
+    case FaultPlan::Action::read:
+      if (shared) return serve_shared(pending, *segment, plan.granules, wanted);
+      return serve_read(pending, *segment, plan.granules, wanted);
+    case FaultPlan::Action::zero:
+      return served_by(put(*segment, plan.granules, {}), pending, *segment, wanted);
+    case FaultPlan::Action::poison:
+      return serve_poison(pending, *segment, wanted);
+    case FaultPlan::Action::wait:
+      break;
+  }
+  const auto brings = std::find_if(fetches_.begin(), fetches_.end(), [&](const UnderWay& fetch) {
+    return fetch.region == segment->region && is_current(fetch) &&
+           fetch.granules.first < wanted + granules_per_page(*segment) && wanted < fetch.granules.end();
+  });
+  if (brings == fetches_.end()) {
+    // Only another holder of the state file can have written that.
+    state_.table(segment->region).set(page_of(*segment, wanted), PageState::absent);
+    return put_off(pending);
+  }
+  add(counters_.faults_merged);
+  pending.fetch = brings->id;
+  return Served::fetching;
+}
+
+Session::Served Session::serve_read(Pending& pending, const Segment& segment, PageRange run,
+                                    PageIndex wanted) {
+  Store& store = *serving_[segment.region].lane->store();
+  const PageCount page = granules_per_page(segment);
+  const Extent extent = store.extent_at(offset_of(segment, wanted));
+  if (extent.zero) {
+    // The hole, as far as it goes from the page on; what lies before it may be data.
+    const PageCount hole = kPage4K.pages(extent.end - offset_of(segment, wanted));
+    const PageCount whole(hole.value / page.value * page.value);
+    if (whole.value > 0)
+      return served_by(put(segment, {wanted, std::min(whole, run.end() - wanted)}, {}), pending, segment,
+                       wanted);
+  }
+  const std::span<std::byte> buffer = host_.scratch().first(kPage4K.bytes(run.count).value);
+  const Result<ReadStatus> read = store.read(offset_of(segment, run.first), buffer, Wait::no);
+  if (read && *read == ReadStatus::done) {
+    add(counters_.bytes_read, buffer.size());
+    return served_by(install_part(segment, run, buffer, wanted), pending, segment, wanted);
+  }
+  // Not at hand, or not readable: a thread that may wait finds out.
+  return serve_by_fetch(pending, segment, run);
+}
+
+Session::Served Session::serve_by_fetch(Pending& pending, const Segment& segment, PageRange run) {
+  if (!may_fetch(segment.region)) {
+    pending.blocked = true;
+    return Served::fetching;
+  }
+  pending.fetch = start_fetch(segment, run);
+  return pending.fetch != 0 ? Served::fetching : put_off(pending);
+}
+
+Session::Served Session::serve_outside(Pending& pending, PageSize page_size) {
+  // Registered, but no part of what the client handed over: memory that mremap(2) added, or left behind.
+  // Without an image, memory is zero.
+  const AddressRange page{pending.page, page_size.bytes()};
+  const Outcome outcome = zero_once(page.start, page_size, kPage4K.pages(page.length));
+  switch (outcome.stop) {
+    case Stop::complete:
+      add(counters_.pages_outside);
+      return Served::done;
+    case Stop::changing:
+    case Stop::no_memory:
+      return put_off(pending);
+    case Stop::gone:
+      finish(SessionEnd::gone);
+      return Served::done;
+    default:
+      wake(page);
+      return Served::done;
+  }
+}
+
+Session::Served Session::served_by(Put put, Pending& pending, const Segment& segment, PageIndex wanted) {
+  switch (put) {
+    case Put::done:
+      return Served::done;
+    case Put::no_memory:
+      if (pending.attempts >= kNoMemoryAttemptsMax) {
+        host_.page_failed(no_memory_for(pending.page));
+        return serve_poison(pending, segment, wanted);
+      }
+      return put_off(pending);
+    case Put::put_off:
+      return put_off(pending);
+    case Put::failed:
+      if (is_brought(segment, {wanted, granules_per_page(segment)})) return Served::done;
+      host_.page_failed(Error(fmt::format("the page at {:#x} cannot be filled", pending.page.value)));
+      return serve_poison(pending, segment, wanted);
+    case Put::gone:
+      finish(SessionEnd::gone);
+      return Served::done;
+  }
+  return Served::done;
+}
+
+Session::Served Session::put_off(Pending& pending) {
+  add(counters_.retries);
+  const std::int64_t delay = std::min(kPutOffFirstNs << std::min(pending.attempts, 8u), kPutOffMaxNs);
+  ++pending.attempts;
+  pending.not_before_ns = host_.now_ns() + delay;
+  return Served::put_off;
+}
+
+// ---- pages into place -------------------------------------------------------------------------------------
+
+StoreOffset Session::offset_of(const Segment& segment, PageIndex granule) const {
+  return state_.regions()[segment.region].offset + kPage4K.bytes(PageCount(granule.value));
+}
+
+Outcome Session::put_once(const Segment& segment, PageRange run, const Contents& contents) const {
+  const AddressRange memory{segment.address_of(run.first), kPage4K.bytes(run.count)};
+  switch (contents.kind) {
+    case Contents::Kind::zeros:
+      return zero_once(memory.start, segment.page_size, run.count);
+    case Contents::Kind::bytes:
+      return uffd_.copy(memory.start, contents.bytes.first(memory.length.value));
+    case Contents::Kind::shared:
+      break;
+  }
+  return uffd_.resume(memory);
+}
+
+Outcome Session::zero_once(Address to, PageSize page_size, PageCount granules) const {
+  const std::span<const std::byte> zeros = std::span(zero_huge_page).first(page_size.bytes().value);
+  // The kernel has no zero page of other sizes.
+  if (page_size != kPage4K) return uffd_.copy(to, zeros);
+  const Outcome zeroed = uffd_.zero({to, kPage4K.bytes(granules)});
+  if (zeroed.stop != Stop::present) return zeroed;
+  // On anonymous memory a page which is not there but write-protected also counts as present for a zero page;
+  // not for a copied one.
+  Outcome copied = uffd_.copy(to, zeros);
+  if (copied.stop == Stop::complete && granules > kOneGranule) copied.stop = Stop::cut_short;
+  return copied;
+}
+
+bool Session::is_brought(const Segment& segment, PageRange run) {
+  const PageTable& table = state_.table(segment.region);
+  for (PageIndex granule = run.first; granule < run.end(); granule = granule + kOneGranule)
+    if (table.get(granule) != PageState::installed && table.get(granule) != PageState::zeroed) return false;
+  return true;
+}
+
+void Session::mark_brought(const Segment& segment, PageRange run) {
+  PageTable& table = state_.table(segment.region);
+  for (PageIndex granule = run.first; granule < run.end(); granule = granule + kOneGranule)
+    table.set(granule, reads_as_zero(table.get(granule)) ? PageState::zeroed : PageState::installed);
+}
+
+Session::Put Session::put(const Segment& segment, PageRange run, Contents contents) {
+  const PageCount page = granules_per_page(segment);
+  std::atomic<std::uint64_t>& counter = contents.kind == Contents::Kind::zeros    ? counters_.pages_zeroed
+                                        : contents.kind == Contents::Kind::shared ? counters_.pages_shared
+                                                                                  : counters_.pages_copied;
+  bool one_by_one = contents.kind == Contents::Kind::zeros && page > kOneGranule;
+  Put result = Put::done;
+  // Readers of a page that cannot be there try again, and hear from the kernel what is wrong.
+  const auto pass_by = [&](PageRange pages) {
+    wake({segment.address_of(pages.first), segment.page_size.bytes()});
+    PageTable& table = state_.table(segment.region);
+    for (PageIndex granule = pages.first; granule < pages.end(); granule = granule + kOneGranule)
+      if (table.get(granule) == PageState::fetching) table.set(granule, PageState::absent);
+  };
+  while (run.count.value > 0) {
+    const PageRange now{run.first, one_by_one ? page : run.count};
+    const Outcome outcome = put_once(segment, now, contents);
+    PageCount passed = kPage4K.pages(outcome.done);
+    mark_brought(segment, {run.first, passed});
+    add(counter, passed.value);
+
+    switch (outcome.stop) {
+      case Stop::complete:
+      case Stop::cut_short:  // the next round hears why
+        break;
+      case Stop::present:
+        // Whoever was parked on it was not woken by that. If it is not there after all, it will fault again.
+        wake({segment.address_of(run.first), segment.page_size.bytes()});
+        // A huge page is also said to be present when the pool is empty (6.18). One that was brought is
+        // there: this is a late reader's fault.
+        if (segment.page_size != kPage4K && !is_brought(segment, {run.first, page}) &&
+            spare_huge_pages(segment.page_size) == 0)
+          return Put::no_memory;
+        mark_brought(segment, {run.first, page});
+        passed = page;
+        break;
+      case Stop::not_ready:
+        // Unmapped meanwhile, or the run crosses from one mapping into the next: page by page it does not
+        // matter.
+        if (!one_by_one && run.count > page) {
+          one_by_one = true;
+          break;
+        }
+        pass_by({run.first, page});
+        passed = page;
+        break;
+      case Stop::bad_memory:
+        // Beyond the end of the client's file: the kernel itself answers that access with SIGBUS.
+        if (!one_by_one && run.count > page) {
+          one_by_one = true;
+          break;
+        }
+        // Or the image's memory has lost the page, which its next fault brings again.
+        if (contents.kind == Contents::Kind::shared)
+          serving_[segment.region].shared->look_again(image_pages(segment, run).first);
+        pass_by({run.first, page});
+        passed = page;
+        break;
+      case Stop::changing:
+        return Put::put_off;
+      case Stop::no_memory:
+        return Put::no_memory;
+      case Stop::gone:
+        return Put::gone;
+      default:
+        if (!one_by_one && run.count > page) {
+          one_by_one = true;
+          break;
+        }
+        host_.warn(fmt::format("fill the page at {:#x}: {}", segment.address_of(run.first).value,
+                               to_string(outcome.stop)));
+        result = Put::failed;
+        passed = page;
+    }
+    run = {run.first + passed, run.count - passed};
+    if (contents.kind == Contents::Kind::bytes)
+      contents.bytes = contents.bytes.subspan(kPage4K.bytes(passed).value);
+  }
+  return result;
+}
+
+Session::Put Session::install_part(const Segment& segment, PageRange part, std::span<std::byte> bytes,
+                                   std::optional<PageIndex> wanted) {
+  const std::size_t granule_bytes = kPage4K.bytes().value;
+  const auto bytes_of = [&](PageRange run) {
+    return bytes.subspan(kPage4K.bytes(run.first - part.first).value, kPage4K.bytes(run.count).value);
+  };
+  // Part of a huge page may have been removed while the rest was not.
+  const PageTable& table = state_.table(segment.region);
+  for (PageIndex granule = part.first; granule < part.end(); granule = granule + kOneGranule)
+    if (reads_as_zero(table.get(granule)))
+      std::memset(bytes_of({granule, kOneGranule}).data(), 0, granule_bytes);
+
+  // Runs of pages that are all zero, or none of them is.
+  const PageCount page = granules_per_page(segment);
+  struct Run {
+    PageRange pages;
+    bool zero;
+  };
+  std::array<Run, kFetchGranulesMax> runs;
+  std::size_t count = 0;
+  for (PageIndex first = part.first; first < part.end(); first = first + page) {
+    const bool zero = is_zero(bytes_of({first, page}));
+    if (count > 0 && runs[count - 1].zero == zero) {
+      runs[count - 1].pages.count = runs[count - 1].pages.count + page;
+    } else {
+      runs[count++] = {.pages = {first, page}, .zero = zero};
+    }
+  }
+  const auto all = std::span(runs).first(count);
+  const auto put_run = [&](const Run& run) {
+    if (run.zero) return put(segment, run.pages, {});
+    return put(segment, run.pages, {.kind = Contents::Kind::bytes, .bytes = bytes_of(run.pages)});
+  };
+
+  const auto first = std::find_if(all.begin(), all.end(),
+                                  [&](const Run& run) { return wanted && run.pages.contains(*wanted); });
+  Put result = Put::done;
+  if (first != all.end()) {
+    result = put_run(*first);
+    if (result != Put::done && result != Put::failed) return result;
+  }
+  for (auto run = all.begin(); run != all.end(); ++run) {
+    if (run == first) continue;
+    const Put put = put_run(*run);
+    if (put == Put::gone) return put;
+    // What came uncalled for may be missing; a page that is wanted is put off by its own fault.
+    if (put != Put::done && !wanted) result = put;
+  }
+  return result;
+}
+
+bool Session::poison(const Segment& segment, PageIndex granule) {
+  const PageRange page = page_of(segment, granule);
+  const AddressRange memory{segment.address_of(page.first), segment.page_size.bytes()};
+  state_.table(segment.region).set(page, PageState::poisoned);
+  const Outcome outcome = uffd_.poison(memory);
+  switch (outcome.stop) {
+    case Stop::complete:
+      add(counters_.pages_poisoned, page.count.value);
+      return true;
+    case Stop::changing:
+    case Stop::no_memory:
+      return false;
+    case Stop::present:
+    case Stop::not_ready:
+    case Stop::bad_memory:
+      wake(memory);
+      return true;
+    case Stop::gone:
+      finish(SessionEnd::gone);
+      return true;
+    default:
+      fail(fmt::format("the page at {:#x} cannot be read, and this kernel cannot poison it ({})",
+                       memory.start.value, to_string(outcome.stop)));
+      return true;
+  }
+}
+
+Session::Served Session::serve_poison(Pending& pending, const Segment& segment, PageIndex wanted) {
+  return poison(segment, wanted) ? Served::done : put_off(pending);
+}
+
+// ---- fetches ----------------------------------------------------------------------------------------------
+
+bool Session::may_fetch(RegionId region) const {
+  const auto of_same_lane = [&](const UnderWay& fetch) { return fetch.lane == serving_[region].lane; };
+  return std::count_if(fetches_.begin(), fetches_.end(), of_same_lane) <
+         static_cast<std::ptrdiff_t>(kFetchesMax);
+}
+
+std::uint64_t Session::start_fetch(const Segment& segment, PageRange run) {
+  CHECK(run.count.value <= kFetchGranulesMax);
+  auto fetch = std::make_unique<Fetch>();
+  const auto& [lane, serial, tag, shared] = serving_[segment.region];
+  fetch->shared = shared;
+  if (!shared) fetch->buffer.reset(new (std::nothrow) std::byte[kPage4K.bytes(run.count).value]);
+  if (!shared && !fetch->buffer) return 0;
+  fetch->id = ++last_fetch_;
+  fetch->granules = run.count;
+  fetch->from = offset_of(segment, run.first);
+  fetch->store = lane->store();
+
+  // What was removed of a huge page stays so.
+  PageTable& table = state_.table(segment.region);
+  for (PageIndex granule = run.first; granule < run.end(); granule = granule + kOneGranule)
+    if (!reads_as_zero(table.get(granule))) table.set(granule, PageState::fetching);
+  fetches_.push_back(
+      {.id = fetch->id, .region = segment.region, .serial = serial, .lane = lane, .granules = run});
+  add(counters_.fetches);
+  host_.start_fetch(*lane, std::move(fetch));
+  return last_fetch_;
+}
+
+void Session::install_returned() {
+  for (std::unique_ptr<Fetch>& fetch : std::exchange(returned_, {})) {
+    install(std::move(fetch));
+    if (end_) return;
+  }
+}
+
+void Session::install(std::unique_ptr<Fetch> read) {
+  const auto found = std::find_if(fetches_.begin(), fetches_.end(),
+                                  [&](const UnderWay& fetch) { return fetch.id == read->id; });
+  CHECK(found != fetches_.end());
+  const UnderWay fetch = std::move(*found);
+  fetches_.erase(found);
+  for (Pending& pending : pending_) pending.blocked = false;
+  if (!read->shared) add(counters_.bytes_read, read->bytes().value);
+  // The region may be gone, and its number and its table another's.
+  if (!is_current(fetch)) return settle_pending(fetch, Put::done);
+  if (read->failed.any()) settle_failed_pages(fetch, *read);
+  if (end_) return;
+
+  PageTable& table = state_.table(fetch.region);
+  Put worst = Put::done;
+  for (const Segment& segment : state_.layout().segments()) {
+    if (segment.region != fetch.region) continue;
+    const PageCount page = granules_per_page(segment);
+    // A page of which nothing is `fetching` any more has been removed meanwhile, or could not be read.
+    const auto is_wanted = [&](PageIndex first) {
+      for (PageIndex granule = first; granule < first + page; granule = granule + kOneGranule)
+        if (table.get(granule) == PageState::fetching) return true;
+      return false;
+    };
+    PageIndex first = std::max(fetch.granules.first, segment.granules().first);
+    const PageIndex end = std::min(fetch.granules.end(), segment.granules().end());
+    while (first < end) {
+      PageIndex run_end = first;
+      while (run_end < end && is_wanted(run_end)) run_end = run_end + page;
+      const PageRange run{first, run_end - first};
+      first = run.count.value > 0 ? run_end : first + page;
+      if (run.count.value == 0) continue;
+      Put put = Put::done;
+      if (read->shared) {
+        put = put_filled(segment, run);
+      } else {
+        const std::span<std::byte> bytes(
+            read->buffer.get() + kPage4K.bytes(run.first - fetch.granules.first).value,
+            kPage4K.bytes(run.count).value);
+        put = install_part(segment, run, bytes, std::nullopt);
+      }
+      if (put == Put::gone) return finish(SessionEnd::gone);
+      if (put == Put::put_off || put == Put::no_memory) worst = put;
+      if (put != Put::failed) continue;
+      for (PageIndex at = run.first; at < run.end(); at = at + page) {
+        if (!is_wanted(at)) continue;
+        give_up(fetch, segment, at,
+                Error(fmt::format("the page at {:#x} cannot be filled", segment.address_of(at).value)));
+        if (end_) return;
+      }
+    }
+  }
+  // What could not be put into place, or is not mapped any more, is nobody's again.
+  for (PageIndex granule = fetch.granules.first; granule < fetch.granules.end();
+       granule = granule + kOneGranule) {
+    if (table.get(granule) != PageState::fetching) continue;
+    table.set(granule, PageState::absent);
+    populate_again_ = true;
+  }
+  settle_pending(fetch, worst);
+}
+
+void Session::settle_failed_pages(const UnderWay& fetch, const Fetch& read) {
+  PageTable& table = state_.table(fetch.region);
+  for (const Segment& segment : state_.layout().segments()) {
+    if (segment.region != fetch.region) continue;
+    const PageCount page = granules_per_page(segment);
+    PageIndex first = std::max(fetch.granules.first, segment.granules().first);
+    const PageIndex end = std::min(fetch.granules.end(), segment.granules().end());
+    for (; first < end; first = first + page) {
+      bool failed = false;
+      for (std::size_t i = 0; i < page.value; ++i)
+        failed = failed || (read.failed[(first - fetch.granules.first).value + i] &&
+                            table.get(first + PageCount(i)) == PageState::fetching);
+      if (!failed) continue;
+      CHECK(read.error.has_value());
+      give_up(
+          fetch, segment, first,
+          Error(fmt::format("the page at offset {} of {} cannot be read: {}", offset_of(segment, first).value,
+                            fetch.lane->store()->name(), read.error->message()),
+                read.error->os_error()));
+      if (end_) return;
+    }
+  }
+}
+
+void Session::give_up(const UnderWay& fetch, const Segment& segment, PageIndex first, const Error& error) {
+  PageTable& table = state_.table(fetch.region);
+  const PageRange page{first, granules_per_page(segment)};
+  const Address address = segment.address_of(first);
+  const bool demanded = std::any_of(pending_.begin(), pending_.end(), [&](const Pending& pending) {
+    return pending.fetch == fetch.id && pending.page == address;
+  });
+  const bool condemns = demanded || (detaching_ && unreadable_ == Unreadable::poison);
+  table.set(page, condemns ? PageState::poisoned : PageState::absent);
+  if (!condemns) {
+    if (std::exchange(detaching_, false)) host_.detach_failed(error);
+    return;
+  }
+  add(counters_.read_errors);
+  host_.page_failed(error);
+  // Those who wait are answered in this step, by their own faults.
+  if (demanded || poison(segment, first)) return;
+  table.set(page, PageState::absent);
+  populate_again_ = true;
+}
+
+void Session::settle_pending(const UnderWay& fetch, Put put) {
+  std::erase_if(pending_, [&](Pending& pending) {
+    if (pending.fetch != fetch.id) return false;
+    pending.fetch = 0;
+    const Segment* segment = state_.layout().find(pending.page);
+    // Something else lies there now.
+    if (segment == nullptr || segment->region != fetch.region || !is_current(fetch)) return false;
+    const PageIndex granule = segment->granule_at(pending.page);
+    if (!fetch.granules.contains(granule)) return false;
+    PageTable& table = state_.table(segment->region);
+    switch (table.get(granule)) {
+      case PageState::installed:
+      case PageState::zeroed:
+        return true;
+      case PageState::absent:
+        break;
+      default:
+        return false;
+    }
+    // Its reader has been woken, and faults again if there is anything to be had.
+    if (put == Put::done) return true;
+    if (put == Put::no_memory && pending.attempts >= kNoMemoryAttemptsMax) {
+      host_.page_failed(no_memory_for(pending.page));
+      table.set(page_of(*segment, granule), PageState::poisoned);
+      return false;
+    }
+    put_off(pending);
+    return false;
+  });
+}
+
+// ---- bringing everything in -------------------------------------------------------------------------------
+
+bool Session::populate() {
+  const std::int64_t now = host_.now_ns();
+  if (populate_not_before_ns_ > now) return false;
+  populate_not_before_ns_ = 0;
+  for (int runs = 0; runs < kPopulateRunsPerStep; ++runs) {
+    const auto segments = state_.layout().segments();
+    const auto segment = std::find_if(segments.begin(), segments.end(),
+                                      [&](const Segment& s) { return s.memory.end() > populate_from_; });
+    if (segment == segments.end()) {
+      if (!fetches_.empty()) return false;
+      if (!populate_again_) {
+        begin_end(condemned_ ? SessionEnd::failed : releasing_ ? SessionEnd::released : SessionEnd::detached);
+        return true;
+      }
+      populate_again_ = false;
+      populate_from_ = Address(0);
+      continue;
+    }
+    const bool shared = segment->region != kZeroRegion && sharing_of(*segment) != SharingMode::none;
+    if (segment->region == kZeroRegion || (releasing_ && !shared)) {
+      populate_from_ = segment->memory.end();
+      continue;
+    }
+    const PageTable& table = state_.table(segment->region);
+    const PageIndex end = segment->granules().end();
+    const PageIndex from = segment->granule_at(std::max(populate_from_, segment->memory.start));
+    const PageIndex scan_end = std::min(end, from + PageCount(kScannedPerRun));
+    const auto is_to_do = [&](PageIndex granule) {
+      const PageState state = table.get(granule);
+      if (condemned_) return state == PageState::poisoned;
+      if (releasing_) return must_be_zeroed(*segment, granule);
+      // What was removed would be the image again.
+      return state == PageState::absent || (shared && state == PageState::removed);
+    };
+    PageIndex first = from;
+    while (first < scan_end && !is_to_do(first)) first = first + kOneGranule;
+    if (first == scan_end) {
+      populate_from_ = segment->address_of(scan_end);
+      continue;
+    }
+    if (condemned_) {
+      if (!condemn_run(*segment, first, scan_end)) return false;
+      continue;
+    }
+    if (releasing_ || table.get(first) == PageState::removed) {
+      const PageRange run = zero_run(*segment, first, scan_end);
+      if (!populated(put(*segment, run, {}), *segment, run)) return false;
+      populate_from_ = segment->address_of(run.end());
+      continue;
+    }
+    const FaultPlan plan =
+        plan_fault(table, *segment, first, std::max(kPopulateGranules, granules_per_page(*segment)));
+    const Address behind = segment->address_of(plan.granules.end());
+    if (plan.action == FaultPlan::Action::read && !populate_run(*segment, plan.granules)) return false;
+    populate_from_ = behind;
+  }
+  return true;
+}
+
+bool Session::condemn_run(const Segment& segment, PageIndex first, PageIndex end) {
+  const PageRange page = page_of(segment, first);
+  const PageIndex run_end =
+      std::max(state_.table(segment.region).end_of_run(first, end, PageState::poisoned), page.end());
+  const PageRange run{page.first, run_end - page.first};
+  const Outcome outcome = uffd_.poison({segment.address_of(run.first), kPage4K.bytes(run.count)});
+  const PageCount poisoned = kPage4K.pages(outcome.done);
+  add(counters_.pages_poisoned, poisoned.value);
+  switch (outcome.stop) {
+    case Stop::complete:
+    case Stop::cut_short:
+      populate_from_ = segment.address_of(run.first) + outcome.done;
+      return true;
+    case Stop::changing:
+    case Stop::no_memory:
+      populate_not_before_ns_ = host_.now_ns() + kPutOffMaxNs;
+      return false;
+    case Stop::gone:
+      finish(SessionEnd::gone);
+      return false;
+    case Stop::invalid:
+      // A kernel without UFFDIO_POISON: nothing better is left than to let the threads wait for ever.
+      detaching_ = false;
+      return false;
+    default:
+      // There already, or not mapped.
+      wake({segment.address_of(run.first), segment.page_size.bytes()});
+      populate_from_ = segment.address_of(run.first) + segment.page_size.bytes();
+      return true;
+  }
+}
+
+bool Session::populate_run(const Segment& segment, PageRange run) {
+  Store& store = *serving_[segment.region].lane->store();
+  const Extent extent = store.extent_at(offset_of(segment, run.first));
+  // Memory that is not registered any more is zero by itself.
+  if (extent.zero && extent.end >= offset_of(segment, run.end())) {
+    state_.table(segment.region).set(run, PageState::installed);
+    return true;
+  }
+  if (serving_[segment.region].shared) {
+    switch (fill_and_count(segment, run)) {
+      case SharedImage::Fill::under_way:
+        return populate_by_fetch(segment, run);
+      case SharedImage::Fill::no_memory:
+        return populated(Put::no_memory, segment, run);
+      case SharedImage::Fill::done:
+        break;
+    }
+    // Memory that is not registered any more shows the image's by itself.
+    state_.table(segment.region).set(run, PageState::installed);
+    return true;
+  }
+  const std::span<std::byte> buffer = host_.scratch().first(kPage4K.bytes(run.count).value);
+  const Result<ReadStatus> read = store.read(offset_of(segment, run.first), buffer, Wait::no);
+  if (!read || *read != ReadStatus::done) return populate_by_fetch(segment, run);
+  add(counters_.bytes_read, buffer.size());
+  return populated(install_part(segment, run, buffer, std::nullopt), segment, run);
+}
+
+bool Session::populate_by_fetch(const Segment& segment, PageRange run) {
+  if (!may_fetch(segment.region)) return false;
+  if (start_fetch(segment, run) != 0) return true;
+  populate_not_before_ns_ = host_.now_ns() + kPutOffMaxNs;
+  return false;
+}
+
+bool Session::populated(Put put, const Segment& segment, PageRange run) {
+  switch (put) {
+    case Put::done:
+      return true;
+    case Put::put_off:
+    case Put::no_memory:
+      populate_not_before_ns_ = host_.now_ns() + kPutOffMaxNs;
+      return false;
+    case Put::failed:
+      return poison_what_is_missing(segment, run);
+    case Put::gone:
+      finish(SessionEnd::gone);
+      return false;
+  }
+  return false;
+}
+
+// A page that cannot be put is not left behind as zero.
+bool Session::poison_what_is_missing(const Segment& segment, PageRange run) {
+  const PageCount page = granules_per_page(segment);
+  for (PageIndex first = run.first; first < run.end(); first = first + page) {
+    if (is_brought(segment, {first, page})) continue;
+    const Error error(fmt::format("the page at {:#x} cannot be filled", segment.address_of(first).value));
+    if (unreadable_ == Unreadable::keep_serving) {
+      detaching_ = false;
+      host_.detach_failed(error);
+      return false;
+    }
+    host_.page_failed(error);
+    if (poison(segment, first)) {
+      if (end_) return false;
+      continue;
+    }
+    state_.table(segment.region).set({first, page}, PageState::absent);
+    populate_not_before_ns_ = host_.now_ns() + kPutOffMaxNs;
+    return false;
+  }
+  return true;
+}
+
+}  // namespace uffdkit

@@ -1,0 +1,324 @@
+// One client's memory being served: its userfaultfd, its regions, and what is under way.
+//
+// A session is a state machine without threads, clocks or sleeps of its own. Whoever owns it calls step()
+// when its userfaultfd can be read, when a fetch has come back, or when the time has come that the last step
+// named. So the same code runs under the engine's threads and, step by step, under a test's control. Threads:
+// one at a time; SessionCounters may be read from any. Invariants: a granule is `fetching` exactly while one
+// Fetch in fetches_ holds it; bytes are installed only where the granule is still `fetching` or has been
+// planned in the same step, so nothing that was removed, unmapped or moved while it was read arrives.
+#pragma once
+
+#include <uffdkit/error.h>
+#include <uffdkit/store.h>
+#include <uffdkit/uffd.h>
+#include <uffdkit/units.h>
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine/fetch.h"
+#include "engine/plan.h"
+#include "engine/session_state.h"
+#include "engine/shared_image.h"
+#include "engine/store_lane.h"
+
+namespace uffdkit {
+
+// What a session has done. Written by its owner only.
+struct SessionCounters {
+  std::atomic<std::uint64_t> faults{0};          // fault messages read
+  std::atomic<std::uint64_t> faults_merged{0};   // of these, for a page that was being brought already
+  std::atomic<std::uint64_t> events{0};          // remove, unmap and remap messages
+  std::atomic<std::uint64_t> pages_copied{0};    // 4 KiB pages filled with bytes
+  std::atomic<std::uint64_t> pages_zeroed{0};    // 4 KiB pages mapped as zero
+  std::atomic<std::uint64_t> pages_shared{0};    // 4 KiB pages shown from memory that clients share
+  std::atomic<std::uint64_t> pages_removed{0};   // 4 KiB pages given back by the client
+  std::atomic<std::uint64_t> pages_poisoned{0};  // 4 KiB pages that answer with SIGBUS
+  std::atomic<std::uint64_t> pages_outside{0};   // faults outside of every region, answered with zero
+  std::atomic<std::uint64_t> bytes_read{0};      // from the store
+  std::atomic<std::uint64_t> fetches{0};         // reads that had to wait for the store
+  std::atomic<std::uint64_t> retries{0};         // attempts that the kernel put off (EAGAIN, ENOMEM)
+  std::atomic<std::uint64_t> read_errors{0};     // pages that the store could not give
+  std::atomic<std::uint64_t> pending{0};         // faults under way
+  std::atomic<std::int64_t> oldest_since_ns{0};  // when the oldest of them was read; 0 without one
+};
+
+// Why a session ended.
+enum class SessionEnd : std::uint8_t {
+  gone,       // the client's memory is gone: it exited or called exec
+  detached,   // everything is in place, and the memory is no longer registered
+  released,   // the client wanted no more; its missing pages are zero from now on
+  abandoned,  // left as it is, for somebody else to take up
+  failed,     // it could not be served any longer, and was killed
+};
+
+// What a child has after fork(2): its own userfaultfd, and its parent's regions and page states at that
+// moment.
+struct ForkedSession {
+  Uffd uffd;
+  SessionState state;
+  std::vector<std::shared_ptr<StoreLane>> lanes;     // by RegionId
+  std::vector<std::shared_ptr<SharedImage>> shared;  // likewise; see Session::share
+};
+
+// What to do about a page that cannot be had when everything is to be brought in.
+enum class Unreadable : std::uint8_t {
+  keep_serving,  // give up detaching: the session goes on as before
+  poison,        // it answers with SIGBUS, and the rest is brought in
+};
+
+// What the owner of a session provides.
+class SessionHost {
+ public:
+  virtual ~SessionHost() = default;
+  virtual std::int64_t now_ns() = 0;
+  // Memory for one read, at least one fetch large; the session uses it within a step only.
+  virtual std::span<std::byte> scratch() = 0;
+  // Reads the fetch where that may wait, and brings it back by Session::fetched().
+  virtual void start_fetch(StoreLane& lane, std::unique_ptr<Fetch> fetch) = 0;
+  // Ends the client, because going on would give it wrong bytes or none. False if nobody knows its process.
+  virtual bool kill_client() = 0;
+  // The client has forked: `session` is the child's, as its parent's was at that moment, and is to be served.
+  virtual void forked(std::unique_ptr<ForkedSession> session) = 0;
+  // A page that could not be read, once for each.
+  virtual void page_failed(const Error& error) = 0;
+  // Detaching was given up, for Unreadable::keep_serving.
+  virtual void detach_failed(const Error& error) = 0;
+  // Something that an operator should know.
+  virtual void warn(const std::string& text) = 0;
+};
+
+struct SessionOptions {
+  // Pages of 4 KiB that come with a fault, its own included; a power of two, at most kFetchGranulesMax.
+  PageCount fault_around{16};
+  // The same for regions that share their image: what comes uncalled for takes memory once for all clients.
+  PageCount shared_fault_around{64};
+};
+
+// What an owner calls a region of its own; 0 for none. Region numbers are used again, this is not.
+using RegionTag = std::uint64_t;
+
+class Session {
+ public:
+  // What to do after a step.
+  struct Next {
+    bool again = false;           // step() again soon: there is more to do
+    std::int64_t wake_at_ns = 0;  // step() at this time at the latest; 0 for none
+  };
+
+  // `lanes` read the regions that `state` already has (a session that is taken up again, or of a child), by
+  // RegionId.
+  Session(Uffd uffd, SessionState state, std::vector<std::shared_ptr<StoreLane>> lanes,
+          SessionOptions options, SessionHost& host);
+
+  const Uffd& uffd() const { return uffd_; }
+  const SessionState& state() const { return state_; }
+  const SessionCounters& counters() const { return counters_; }
+  std::optional<SessionEnd> end() const { return end_; }
+
+  // `memory`, registered for missing faults already or soon, shows the store from `offset` on from now on.
+  // Errors: ranges that are not whole pages or lie outside of the store, page sizes other than 4 KiB and 2
+  // MiB (where the image is shared: than 4 KiB), too many regions.
+  Result<void> add_region(AddressRange memory, StoreOffset offset, PageSize page_size,
+                          std::shared_ptr<StoreLane> lane, RegionTag tag = 0, Sharing sharing = {});
+  // What the regions of a child share, by RegionId. A region that shares, but whose image's memory is not at
+  // hand (it was another manager's), is brought as private copies.
+  void share(const std::vector<std::shared_ptr<SharedImage>>& images);
+  // How its regions share their image: that of the first one which does.
+  SharingMode sharing() const;
+  // Whether what the client has done to its address space may still be unknown here. A range that was
+  // unmapped and mapped again meanwhile must not be added: the event of its unmapping would take it away
+  // again.
+  bool is_changing() const { return uffd_.target() == Target::changing; }
+  // Drops what is left of the region with this tag, wherever it has moved to, and tells where that was.
+  Result<std::vector<AddressRange>> drop_tagged(RegionTag tag);
+  // Serves nothing in `memory` from now on; fetches for it that are under way are not installed. Where it
+  // shares the image, what is missing is zero from now on. EAGAIN: the client is changing its memory; again.
+  Result<void> drop(AddressRange memory);
+  // Every thread that waits tries again: for a session that is taken up again, whose faults somebody else has
+  // read.
+  void wake_all();
+  // Brings everything in; then unregisters the memory and ends as `detached`.
+  void begin_detach(Unreadable unreadable);
+  // Unregisters the memory with zeros where nothing was brought, at once except where it shares the image,
+  // and ends as `released` when no thread of the client waits for an event to be read any more.
+  void release();
+  // Kills the client, because it cannot be served any longer: ends as `failed`. Where nobody knows its
+  // process, every page that it has not got is poisoned instead, which stays so when nobody serves the memory
+  // any more.
+  void fail(const std::string& why);
+  // Serves no more, and leaves everything as it is: ends as `abandoned`.
+  void abandon() { finish(SessionEnd::abandoned); }
+  // Nobody will tell when the client's process ends: its memory is looked at from time to time from now on.
+  void watch_target();
+  // The process that handed the memory over has exited: ends as `gone` if the memory went with it. Another
+  // process's memory goes on being served, and is looked at again from time to time.
+  void check_target();
+  // Gives back a fetch that has been read.
+  void fetched(std::unique_ptr<Fetch> fetch) { returned_.push_back(std::move(fetch)); }
+
+  // Reads messages, applies events, then serves what faults can be served. Never waits.
+  Next step();
+
+ private:
+  // A fault that has not been answered.
+  struct Pending {
+    Address page;
+    Fault::Kind kind;
+    std::int64_t since_ns;
+    std::int64_t not_before_ns = 0;  // the kernel put it off until then
+    unsigned attempts = 0;           // how often it was put off
+    std::uint64_t fetch = 0;         // the fetch that brings it; 0 for none
+    bool blocked = false;            // as many fetches as may be are under way; one must come back first
+  };
+  // What came of trying to answer a fault.
+  enum class Served : std::uint8_t {
+    done,      // answered, or nothing to do
+    fetching,  // a fetch will answer it, or has to come back before another can be started
+    put_off,   // to be tried again at a time
+  };
+  // What came of putting a run of pages into the client's memory. With `failed`, all that can be put is
+  // there, and what cannot is as it was. With `done`, it is there, or cannot be, and its readers have been
+  // woken.
+  enum class Put : std::uint8_t { done, put_off, no_memory, failed, gone };
+  // What to put there.
+  struct Contents {
+    enum class Kind : std::uint8_t { zeros, bytes, shared };
+    Kind kind = Kind::zeros;
+    std::span<const std::byte> bytes{};
+  };
+
+  // What a region has beside its record in the state file.
+  struct RegionServing {
+    std::shared_ptr<StoreLane> lane;  // nullptr for a dropped region
+    std::uint64_t serial = 0;         // never used again, unlike the region's number
+    RegionTag tag = 0;
+    std::shared_ptr<SharedImage> shared{};  // nullptr where nothing is shared, or its memory is not at hand
+  };
+
+  // A fetch that has not come back; the Fetch itself is with its reader.
+  struct UnderWay {
+    std::uint64_t id;
+    RegionId region;
+    std::uint64_t serial;             // the region's; another one there means that the number was used again
+    std::shared_ptr<StoreLane> lane;  // keeps it until the fetch is back
+    PageRange granules;
+  };
+
+  // False if there may be more messages.
+  bool drain();
+  void take(const Fault& fault);
+  void apply(const RemoveEvent& event);
+  void apply(const UnmapEvent& event);
+  void apply(const RemapEvent& event);
+  void apply(const ForkEvent& event);
+  void forget_dropped_regions();
+
+  void install_returned();
+  void install(std::unique_ptr<Fetch> fetch);
+  void settle_failed_pages(const UnderWay& fetch, const Fetch& read);
+  // Condemns the page of a fetch that cannot be had if somebody needs it; else it is tried again when
+  // somebody does.
+  void give_up(const UnderWay& fetch, const Segment& segment, PageIndex first, const Error& error);
+  // Answers, or sets free, the faults that waited for a fetch.
+  void settle_pending(const UnderWay& fetch, Put put);
+  bool is_current(const UnderWay& fetch) const { return serving_[fetch.region].serial == fetch.serial; }
+  // Puts the bytes of `part` into place, the run that holds `wanted` first; says what came of that run.
+  Put install_part(const Segment& segment, PageRange part, std::span<std::byte> bytes,
+                   std::optional<PageIndex> wanted);
+  // Puts one run into place.
+  Put put(const Segment& segment, PageRange run, Contents contents);
+  Outcome put_once(const Segment& segment, PageRange run, const Contents& contents) const;
+  Outcome zero_once(Address to, PageSize page_size, PageCount granules) const;
+  bool is_brought(const Segment& segment, PageRange run);
+  void mark_brought(const Segment& segment, PageRange run);
+
+  bool serve_pending();
+  Served serve(Pending& pending);
+  Served serve_missing(Pending& pending);
+  Served serve_read(Pending& pending, const Segment& segment, PageRange run, PageIndex wanted);
+  Served serve_shared(Pending& pending, const Segment& segment, PageRange run, PageIndex wanted);
+  // A fetch answers it.
+  Served serve_by_fetch(Pending& pending, const Segment& segment, PageRange run);
+  Served serve_outside(Pending& pending, PageSize page_size);
+  Served served_by(Put put, Pending& pending, const Segment& segment, PageIndex wanted);
+  Served put_off(Pending& pending);
+  // The fetch's number, or 0 if there is no memory for it.
+  std::uint64_t start_fetch(const Segment& segment, PageRange run);
+  bool may_fetch(RegionId region) const;
+  // Condemns the page; false if the kernel put it off.
+  bool poison(const Segment& segment, PageIndex granule);
+  Served serve_poison(Pending& pending, const Segment& segment, PageIndex wanted);
+
+  // ---- session_shared.cc: regions that map their image's memory privately
+  SharingMode sharing_of(const Segment& segment) const;
+  // Whether a minor fault there is one for a page of the image.
+  bool shares(const Segment* segment) const;
+  PageRange image_pages(const Segment& segment, PageRange run) const;
+  // Shows what is there of a run; the rest is left alone.
+  Put put_filled(const Segment& segment, PageRange run);
+  SharedImage::Fill fill_and_count(const Segment& segment, PageRange run);
+  // Whether the page would be a hole of the image's memory, or the image again, if it were no longer served.
+  bool must_be_zeroed(const Segment& segment, PageIndex granule);
+  // The run of such pages from `from` on, below `end`; not empty.
+  PageRange zero_run(const Segment& segment, PageIndex from, PageIndex end);
+  Put zero_all(AddressRange memory);
+
+  // Goes on bringing everything in; true if there is more to do at once.
+  bool populate();
+  // Condemns the run that begins with `first`, and goes behind it; false if the kernel put it off.
+  bool condemn_run(const Segment& segment, PageIndex first, PageIndex end);
+  // False if nothing more can be done before a fetch comes back or the time for another try.
+  bool populate_run(const Segment& segment, PageRange run);
+  bool populate_by_fetch(const Segment& segment, PageRange run);
+  bool populated(Put put, const Segment& segment, PageRange run);
+  bool poison_what_is_missing(const Segment& segment, PageRange run);
+  void unregister_all();
+  // Unregisters, and ends so when no thread of the client waits for an event to be read any more.
+  void begin_end(SessionEnd end);
+  void finish_ending();
+  void finish(SessionEnd end);
+  void publish_pending();
+
+  void wake(AddressRange range) const;
+  StoreOffset offset_of(const Segment& segment, PageIndex granule) const;
+
+  Uffd uffd_;
+  SessionState state_;
+  std::vector<RegionServing> serving_;  // by RegionId
+  std::uint64_t last_serial_ = 0;
+  SessionOptions options_;
+  SessionHost& host_;
+  SessionCounters counters_;
+
+  std::vector<Pending> pending_;
+  bool overflowed_ = false;  // faults were not kept; wake_all() brings them back
+  std::vector<std::unique_ptr<Fetch>> returned_;
+  std::vector<UnderWay> fetches_;
+  std::uint64_t last_fetch_ = 0;
+
+  std::int64_t check_target_at_ns_ = 0;  // 0: never
+  std::int64_t target_check_ns_ = 0;     // the pause before it
+  std::uint64_t faults_at_check_ = 0;    // how many there had been then
+  std::int64_t read_not_before_ns_ = 0;  // the descriptors were used up
+  bool condemned_ = false;               // see fail()
+  std::vector<Uffd> orphans_;            // of children that cannot be served: closed, they would read zeros
+  bool detaching_ = false;
+  bool releasing_ = false;                      // detaching, with zeros for what is missing
+  Unreadable unreadable_ = Unreadable::poison;  // while detaching
+  bool populate_again_ = false;  // something could not be brought in the pass that is under way
+  Address populate_from_{0};
+  std::int64_t populate_not_before_ns_ = 0;
+  std::optional<SessionEnd> ending_;  // everything is unregistered
+  std::int64_t ending_since_ns_ = 0;
+  std::optional<SessionEnd> end_;
+};
+
+}  // namespace uffdkit

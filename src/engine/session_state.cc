@@ -1,0 +1,405 @@
+#include "engine/session_state.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "base/check.h"
+
+namespace uffdkit {
+namespace {
+
+// ---- the bytes of the file: docs/session-state.md ---------------------------------------------------------
+
+constexpr std::array<char, 8> kMagic = {'U', 'F', 'F', 'D', 'S', 'E', 'S', 'S'};
+constexpr std::uint32_t kVersion = 1;
+constexpr std::size_t kImageBytesMax = 255;
+constexpr std::uint32_t kPageShiftMax = 21;
+
+struct FileRegion {
+  std::uint64_t length;
+  std::uint64_t offset;
+  std::uint64_t table;  // where its page states lie in this file
+  std::uint16_t page_shift;
+  std::uint16_t sharing;
+  std::uint32_t live;  // written last when it is made, first when it is dropped
+};
+
+struct FileSegment {
+  std::uint64_t start;
+  std::uint64_t length;
+  std::uint64_t first;
+  std::uint32_t region;
+  std::uint32_t page_shift;
+};
+
+struct FileHeader {
+  std::array<char, 8> magic;
+  std::uint32_t version;
+  std::uint32_t region_count;   // records in use, live or not
+  std::uint64_t tables_end;     // where the next table goes
+  std::uint32_t active_layout;  // 0 or 1: which of the two lists counts
+  std::array<std::uint32_t, 2> segment_count;
+  std::uint32_t image_bytes;
+  std::array<char, 256> image;
+  std::array<std::uint64_t, 24> reserved;  // zero
+};
+
+constexpr std::uint64_t kRegionsAt = sizeof(FileHeader);
+constexpr std::uint64_t kLayoutsAt = 65'536;
+constexpr std::uint64_t kLayoutBytes = std::uint64_t{kSegmentsMax} * sizeof(FileSegment);
+constexpr std::uint64_t kTablesAt = kLayoutsAt + 2 * kLayoutBytes;
+
+static_assert(sizeof(FileRegion) == 32 && sizeof(FileSegment) == 32 && sizeof(FileHeader) == 488);
+static_assert(kRegionsAt + kSessionRegionsMax * sizeof(FileRegion) <= kLayoutsAt);
+static_assert(kTablesAt % 4096 == 0);
+
+FileHeader& header(const StateMapping& head) {
+  return *reinterpret_cast<FileHeader*>(head.data());
+}
+
+FileRegion* region_records(const StateMapping& head) {
+  return reinterpret_cast<FileRegion*>(head.data() + kRegionsAt);
+}
+
+FileSegment* layout_list(const StateMapping& head, std::uint32_t which) {
+  return reinterpret_cast<FileSegment*>(head.data() + kLayoutsAt + which * kLayoutBytes);
+}
+
+// A store that whoever takes the file up later sees only after all stores before it.
+void publish(std::uint32_t& field, std::uint32_t value) {
+  std::atomic_ref<std::uint32_t>(field).store(value, std::memory_order_release);
+}
+
+std::uint64_t table_file_bytes(ByteCount region_length) {
+  return kPage4K.round_down(page_table_bytes(kPage4K.pages(region_length)).value + 4095);
+}
+
+Error damaged(const std::string& what) {
+  return Error("session state file: " + what, EBADMSG)
+      .with_remedy("attach again from the start, with the session's image");
+}
+
+}  // namespace
+
+// ---- mappings ---------------------------------------------------------------------------------------------
+
+Result<StateMapping> StateMapping::map(int fd, std::uint64_t offset, std::uint64_t bytes) {
+  void* memory = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, static_cast<off_t>(offset));
+  if (memory == MAP_FAILED)
+    return Failure(Error::from_errno(fmt::format("map {} bytes of session state", bytes), errno)
+                       .with_remedy("raise vm.max_map_count or the memory limit of this service"));
+  // Sparse on purpose: a huge page here would cost 2 MiB for one bit. Refused only where there are none
+  // anyway.
+  (void)::madvise(memory, bytes, MADV_NOHUGEPAGE);
+  StateMapping mapping;
+  mapping.data_ = static_cast<std::byte*>(memory);
+  mapping.bytes_ = bytes;
+  return mapping;
+}
+
+StateMapping::StateMapping(StateMapping&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+
+StateMapping& StateMapping::operator=(StateMapping&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(bytes_, other.bytes_);
+  return *this;
+}
+
+StateMapping::~StateMapping() {
+  if (data_ != nullptr) ::munmap(data_, bytes_);
+}
+
+// ---- making and taking up ---------------------------------------------------------------------------------
+
+Result<SessionState> SessionState::create(const std::string& image) {
+  if (image.size() > kImageBytesMax)
+    return Failure(
+        Error(fmt::format("the image's name has {} bytes, more than {}", image.size(), kImageBytesMax)));
+  UniqueFd file(::memfd_create("uffdkit-session", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!file) return Failure(Error::from_errno("create the session state file", errno));
+  // Only the owner may reopen it for writing: a client gets it for reading.
+  if (::fchmod(file.get(), 0600) < 0 || ::ftruncate(file.get(), kTablesAt) < 0 ||
+      ::fcntl(file.get(), F_ADD_SEALS, F_SEAL_SHRINK) < 0)
+    return Failure(Error::from_errno("prepare the session state file", errno));
+  Result<StateMapping> head = StateMapping::map(file.get(), 0, kTablesAt);
+  if (!head) return Failure(head.error());
+
+  FileHeader& fields = header(*head);
+  fields.tables_end = kTablesAt;
+  fields.image_bytes = static_cast<std::uint32_t>(image.size());
+  std::memcpy(fields.image.data(), image.data(), image.size());
+  fields.magic = kMagic;
+  publish(fields.version, kVersion);
+  SessionState state(std::move(file), std::move(*head), image);
+  state.tables_end_ = kTablesAt;
+  return state;
+}
+
+Result<SessionState> SessionState::open(UniqueFd file) {
+  const int seals = ::fcntl(file.get(), F_GET_SEALS);
+  if (seals < 0 || (seals & F_SEAL_SHRINK) == 0)
+    return Failure(damaged("it is not one: not a sealed memory file"));
+  struct stat status;
+  if (::fstat(file.get(), &status) < 0)
+    return Failure(Error::from_errno("stat the session state file", errno));
+  if (static_cast<std::uint64_t>(status.st_size) < kTablesAt) return Failure(damaged("too short"));
+  if ((::fcntl(file.get(), F_GETFL) & O_ACCMODE) != O_RDWR) {
+    UniqueFd writable(::open(fmt::format("/proc/self/fd/{}", file.get()).c_str(), O_RDWR | O_CLOEXEC));
+    if (!writable) return Failure(Error::from_errno("reopen the session state file for writing", errno));
+    file = std::move(writable);
+  }
+  Result<StateMapping> head = StateMapping::map(file.get(), 0, kTablesAt);
+  if (!head) return Failure(head.error());
+
+  // A copy, so that what was checked cannot change afterwards.
+  const FileHeader fields = header(*head);
+  if (fields.magic != kMagic) return Failure(damaged("it is not one"));
+  if (fields.version != kVersion)
+    return Failure(damaged(fmt::format("it has version {}, not {}", fields.version, kVersion)));
+  if (fields.image_bytes > kImageBytesMax) return Failure(damaged("the image's name is too long"));
+  if (fields.region_count > kSessionRegionsMax) return Failure(damaged("too many regions"));
+  if (fields.active_layout > 1) return Failure(damaged("no layout is in force"));
+  if (fields.tables_end % 4096 != 0) return Failure(damaged("the end of its tables is not aligned"));
+  SessionState state(std::move(file), std::move(*head), std::string(fields.image.data(), fields.image_bytes));
+  const auto file_bytes = static_cast<std::uint64_t>(status.st_size);
+  // A writer may have been cut off after it had extended the file and before it said so.
+  state.tables_end_ = std::max(fields.tables_end, kPage4K.round_down(file_bytes + 4095));
+  state.active_layout_ = fields.active_layout;
+  if (auto loaded = state.load_regions(fields.region_count, file_bytes); !loaded)
+    return Failure(std::move(loaded).error());
+  if (auto loaded = state.load_layout(fields.segment_count[fields.active_layout]); !loaded)
+    return Failure(std::move(loaded).error());
+  return state;
+}
+
+Result<SessionState> SessionState::clone() const {
+  Result<SessionState> copy = create(image_);
+  if (!copy) return copy;
+  struct stat status;
+  if (::fstat(file_.get(), &status) < 0)
+    return Failure(Error::from_errno("stat the session state file", errno));
+  if (::ftruncate(copy->fd(), status.st_size) < 0)
+    return Failure(Error::from_errno("extend the session state file", errno));
+  // Only what is there: most of it is holes.
+  std::array<std::byte, 65'536> buffer;
+  for (off_t from = 0; from < status.st_size;) {
+    const off_t data = ::lseek(fd(), from, SEEK_DATA);
+    if (data < 0) break;
+    const off_t end = ::lseek(fd(), data, SEEK_HOLE);
+    for (from = data; from < end;) {
+      const std::size_t part = std::min(buffer.size(), static_cast<std::size_t>(end - from));
+      const ssize_t bytes = ::pread(fd(), buffer.data(), part, from);
+      if (bytes <= 0 || ::pwrite(copy->fd(), buffer.data(), static_cast<std::size_t>(bytes), from) != bytes)
+        return Failure(Error::from_errno("copy the session state file", errno));
+      from += bytes;
+    }
+  }
+  copy = open(std::move(copy->file_));
+  // Another holder of the file may have written to it meanwhile.
+  if (copy && copy->regions_ != regions_)
+    return Failure(damaged("its regions are not the session's any more"));
+  return copy;
+}
+
+Result<void> SessionState::load_regions(std::uint32_t count, std::uint64_t file_bytes) {
+  for (RegionId id = 0; id < count; ++id) {
+    const FileRegion record = region_records(head_)[id];
+    const bool sane = record.page_shift >= 12 && record.page_shift <= kPageShiftMax && record.length != 0 &&
+                      record.sharing <= static_cast<std::uint16_t>(SharingMode::resolve) &&
+                      record.length % (1ull << record.page_shift) == 0 && record.offset % 4096 == 0 &&
+                      record.length <= kStateAddressEnd.value &&
+                      record.offset <= UINT64_MAX - record.length && record.table >= kTablesAt &&
+                      record.table % 4096 == 0 && record.table <= file_bytes &&
+                      table_file_bytes(ByteCount(record.length)) <= file_bytes - record.table;
+    if (record.live > 1 || (record.live != 0 && !sane))
+      return Failure(damaged(fmt::format("region {} is out of bounds", id)));
+    regions_.emplace_back();
+    table_at_.push_back(0);
+    table_memory_.emplace_back();
+    tables_.emplace_back();
+    if (record.live == 0) continue;
+    regions_[id] = {.live = true,
+                    .length = ByteCount(record.length),
+                    .offset = StoreOffset(record.offset),
+                    .page_size = PageSize::from_shift(record.page_shift),
+                    .sharing = static_cast<SharingMode>(record.sharing)};
+    if (auto mapped = map_table(id, record.table); !mapped) return mapped;
+    forget_fetches(id);
+  }
+  return {};
+}
+
+Result<void> SessionState::load_layout(std::uint32_t count) {
+  if (count > kSegmentsMax) return Failure(damaged("too many segments"));
+  Address free_from{0};
+  for (std::uint32_t i = 0; i < count; ++i) {
+    const FileSegment segment = layout_list(head_, active_layout_)[i];
+    const bool zero = segment.region == kZeroRegion;
+    const std::uint64_t page_mask = segment.page_shift >= 12 && segment.page_shift <= kPageShiftMax
+                                        ? (1ull << segment.page_shift) - 1
+                                        : 0;
+    bool sane = page_mask != 0 && segment.length != 0 && (segment.length & page_mask) == 0 &&
+                (segment.start & page_mask) == 0 && segment.start >= free_from.value &&
+                segment.start < kStateAddressEnd.value &&
+                segment.length <= kStateAddressEnd.value - segment.start;
+    if (sane && !zero) {
+      sane = segment.region < regions_.size() && regions_[segment.region].live &&
+             regions_[segment.region].page_size.shift() == segment.page_shift;
+      const std::uint64_t granules = sane ? regions_[segment.region].length.value / 4096 : 0;
+      sane = sane && segment.first <= granules && segment.length / 4096 <= granules - segment.first &&
+             (segment.first * 4096 & page_mask) == 0;
+    }
+    if (!sane) return Failure(damaged(fmt::format("segment {} is out of bounds", i)));
+    const AddressRange memory{Address(segment.start), ByteCount(segment.length)};
+    free_from = memory.end();
+    layout_.add({.memory = memory,
+                 .region = segment.region,
+                 .page_size = PageSize::from_shift(segment.page_shift),
+                 .first = PageIndex(segment.first)});
+  }
+  return {};
+}
+
+// Looks only at what has been written: reading a hole through the mapping would fill it.
+void SessionState::forget_fetches(RegionId region) {
+  const std::uint64_t at = table_at_[region];
+  const std::span<std::byte> cells(table_memory_[region].data(), table_memory_[region].size());
+  std::uint64_t position = 0;
+  while (position < cells.size()) {
+    const off_t data = ::lseek(file_.get(), static_cast<off_t>(at + position), SEEK_DATA);
+    if (data < 0) return;  // nothing but holes from here on
+    const off_t hole = ::lseek(file_.get(), data, SEEK_HOLE);
+    const std::uint64_t from = static_cast<std::uint64_t>(data) - at;
+    if (hole < 0 || from >= cells.size()) return;
+    position = std::min<std::uint64_t>(static_cast<std::uint64_t>(hole) - at, cells.size());
+    for (std::byte& cell : cells.subspan(from, position - from)) {
+      constexpr auto kFetching = static_cast<std::byte>(PageState::fetching);
+      if ((cell & std::byte{0x0f}) == kFetching) cell &= std::byte{0xf0};
+      if ((cell >> 4) == kFetching) cell &= std::byte{0x0f};
+    }
+  }
+}
+
+// ---- changes ----------------------------------------------------------------------------------------------
+
+Result<void> SessionState::map_table(RegionId region, std::uint64_t at) {
+  const ByteCount length = regions_[region].length;
+  Result<StateMapping> memory = StateMapping::map(file_.get(), at, table_file_bytes(length));
+  if (!memory) return Failure(std::move(memory).error());
+  table_at_[region] = at;
+  table_memory_[region] = std::move(*memory);
+  tables_[region] =
+      PageTable({table_memory_[region].data(), table_memory_[region].size()}, kPage4K.pages(length));
+  return {};
+}
+
+Result<RegionId> SessionState::add_region(AddressRange memory, StoreOffset offset, PageSize page_size,
+                                          SharingMode sharing) {
+  const auto unused =
+      std::find_if(regions_.begin(), regions_.end(), [](const RegionRecord& r) { return !r.live; });
+  const auto id = static_cast<RegionId>(unused - regions_.begin());
+  if (id == kSessionRegionsMax)
+    return Failure(Error(fmt::format("a session has at most {} regions", kSessionRegionsMax)));
+  // It may cut a segment in two.
+  if (layout_.segments().size() + 2 > kSegmentsMax)
+    return Failure(Error(fmt::format("the client's memory is in {} pieces", layout_.segments().size())));
+
+  // Each table starts on a page of its own and is never reused: what was there is freed by punching a hole.
+  FileHeader& fields = header(head_);
+  const std::uint64_t table = tables_end_;
+  const std::uint64_t table_bytes = table_file_bytes(memory.length);
+  if (::ftruncate(file_.get(), static_cast<off_t>(table + table_bytes)) < 0)
+    return Failure(Error::from_errno("extend the session state file", errno));
+  tables_end_ = table + table_bytes;
+  fields.tables_end = tables_end_;
+
+  FileRegion& record = region_records(head_)[id];
+  record = {.length = memory.length.value,
+            .offset = offset.value,
+            .table = table,
+            .page_shift = static_cast<std::uint16_t>(page_size.shift()),
+            .sharing = static_cast<std::uint16_t>(sharing),
+            .live = 0};
+  if (unused == regions_.end()) {
+    regions_.emplace_back();
+    table_at_.push_back(0);
+    table_memory_.emplace_back();
+    tables_.emplace_back();
+  }
+  regions_[id] = {
+      .live = true, .length = memory.length, .offset = offset, .page_size = page_size, .sharing = sharing};
+  if (auto mapped = map_table(id, table); !mapped) {
+    regions_[id] = RegionRecord();
+    return Failure(std::move(mapped).error());
+  }
+  publish(record.live, 1);
+  publish(fields.region_count, static_cast<std::uint32_t>(regions_.size()));
+
+  layout_.add({.memory = memory, .region = id, .page_size = page_size, .first = PageIndex(0)});
+  if (auto published = publish_layout(); !published) return Failure(std::move(published).error());
+  drop_regions_without_segments();
+  return id;
+}
+
+Result<void> SessionState::erase(AddressRange memory) {
+  layout_.erase(memory);
+  Result<void> published = publish_layout();
+  drop_regions_without_segments();
+  return published;
+}
+
+Result<void> SessionState::move(AddressRange from, Address to) {
+  layout_.move(from, to);
+  Result<void> published = publish_layout();
+  drop_regions_without_segments();
+  return published;
+}
+
+Result<void> SessionState::publish_layout() {
+  const auto segments = layout_.segments();
+  if (segments.size() > kSegmentsMax)
+    return Failure(
+        Error(fmt::format("the client has cut its memory into more than {} pieces", kSegmentsMax)));
+  FileHeader& fields = header(head_);
+  const std::uint32_t spare = 1 - active_layout_;
+  FileSegment* list = layout_list(head_, spare);
+  for (const Segment& segment : segments)
+    *list++ = {.start = segment.memory.start.value,
+               .length = segment.memory.length.value,
+               .first = segment.first.value,
+               .region = segment.region,
+               .page_shift = segment.page_size.shift()};
+  fields.segment_count[spare] = static_cast<std::uint32_t>(segments.size());
+  publish(fields.active_layout, spare);
+  active_layout_ = spare;
+  return {};
+}
+
+void SessionState::drop_regions_without_segments() {
+  std::vector<bool> used(regions_.size());
+  for (const Segment& segment : layout_.segments())
+    if (segment.region != kZeroRegion) used[segment.region] = true;
+  for (RegionId id = 0; id < regions_.size(); ++id) {
+    if (used[id] || !regions_[id].live) continue;
+    publish(region_records(head_)[id].live, 0);
+    // Frees memory early; if it fails, the session's end frees it.
+    (void)::fallocate(file_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                      static_cast<off_t>(table_at_[id]), static_cast<off_t>(table_memory_[id].size()));
+    regions_[id] = RegionRecord();
+    tables_[id] = PageTable();
+    table_memory_[id] = StateMapping();
+  }
+}
+
+}  // namespace uffdkit

@@ -1,0 +1,110 @@
+// What must outlive the thread, the process and the program that serves a session: its regions, its layout
+// and the state of its pages, in a file of its own (a memfd).
+//
+// The file is what a session is: whoever holds it and the userfaultfd can go on serving. It is kept right at
+// every instant, so that it can be read after its writer was cut off anywhere: regions are filled in before
+// they are counted, the layout is written beside the old one and then switched to by one store, page states
+// are single bytes. It cannot be shrunk (sealed), so that a peer who holds it too cannot take mapped memory
+// away. docs/session-state.md says every byte. Threads: none; the session is the only one to write.
+#pragma once
+
+#include <uffdkit/error.h>
+#include <uffdkit/sharing_mode.h>
+#include <uffdkit/unique_fd.h>
+#include <uffdkit/units.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "engine/layout.h"
+#include "engine/page_table.h"
+
+namespace uffdkit {
+
+// The most regions that a session has in its life at one time; a client protocol may allow fewer.
+inline constexpr std::uint32_t kSessionRegionsMax = 1024;
+// The most segments: what vm.max_map_count allows on machines that raise it generously.
+inline constexpr std::uint32_t kSegmentsMax = 1u << 20;
+// The end of user addresses on machines with 5-level page tables, the widest there are.
+inline constexpr Address kStateAddressEnd{1ull << 56};
+
+// A region as the file has it.
+struct RegionRecord {
+  bool live = false;  // false: dropped, its number may be used again, and nothing else is set
+  ByteCount length;
+  StoreOffset offset;  // of its first byte in the store
+  PageSize page_size = kPage4K;
+  SharingMode sharing = SharingMode::none;
+  friend constexpr bool operator==(const RegionRecord&, const RegionRecord&) = default;
+};
+
+// Memory mapped from the file; unmapped by the destructor.
+class StateMapping {
+ public:
+  StateMapping() = default;
+  static Result<StateMapping> map(int fd, std::uint64_t offset, std::uint64_t bytes);
+  StateMapping(StateMapping&& other) noexcept;
+  StateMapping& operator=(StateMapping&& other) noexcept;
+  ~StateMapping();
+  std::byte* data() const { return data_; }
+  std::uint64_t size() const { return bytes_; }
+
+ private:
+  std::byte* data_ = nullptr;
+  std::uint64_t bytes_ = 0;
+};
+
+class SessionState {
+ public:
+  // A new session's file. `image` (at most 255 bytes) is what to open when a session is taken up again.
+  static Result<SessionState> create(const std::string& image);
+  // Takes up a session from its file, checking all that is in it. Pages that its former owner was fetching
+  // are absent again. The descriptor may be open for reading only. Errors: not such a file, not sealed, of
+  // another version, damaged (says what).
+  static Result<SessionState> open(UniqueFd file);
+
+  // The same session as it is now, in a file of its own: what a child has after fork(2).
+  Result<SessionState> clone() const;
+
+  // The file. To hand it to a client, reopen it for reading only.
+  int fd() const { return file_.get(); }
+  const std::string& image() const { return image_; }
+  // All regions by number, dropped ones too.
+  const std::vector<RegionRecord>& regions() const { return regions_; }
+  const Layout& layout() const { return layout_; }
+  // The page states of a live region.
+  PageTable& table(RegionId region) { return tables_[region]; }
+
+  // A new region, all of it absent, at `memory`. Errors: too many regions; no memory.
+  Result<RegionId> add_region(AddressRange memory, StoreOffset offset, PageSize page_size,
+                              SharingMode sharing = SharingMode::none);
+  // Forgets what lies in `memory`; a region of which nothing is left is dropped, and its page states freed.
+  Result<void> erase(AddressRange memory);
+  // What mremap(2) did; see Layout::move.
+  Result<void> move(AddressRange from, Address to);
+
+ private:
+  SessionState(UniqueFd file, StateMapping head, std::string image)
+      : file_(std::move(file)), head_(std::move(head)), image_(std::move(image)) {}
+
+  Result<void> map_table(RegionId region, std::uint64_t at);
+  void forget_fetches(RegionId region);
+  Result<void> publish_layout();
+  void drop_regions_without_segments();
+  Result<void> load_regions(std::uint32_t count, std::uint64_t file_bytes);
+  Result<void> load_layout(std::uint32_t count);
+
+  UniqueFd file_;
+  StateMapping head_;
+  std::string image_;
+  std::uint64_t tables_end_ = 0;     // where the next table goes
+  std::uint32_t active_layout_ = 0;  // which of the two lists counts
+  std::vector<RegionRecord> regions_;
+  std::vector<std::uint64_t> table_at_;  // where the region's page states lie in the file
+  std::vector<StateMapping> table_memory_;
+  std::vector<PageTable> tables_;
+  Layout layout_;
+};
+
+}  // namespace uffdkit

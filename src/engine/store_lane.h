@@ -1,0 +1,44 @@
+// The threads on which one store may block.
+//
+// Each store has a lane of its own, so that a slow or stuck store holds up nobody but its own readers. The
+// first thread stays as long as the lane; more are started when they are needed, up to kThreadsMax, and leave
+// after some idle seconds. Threads: submit() from any. Lifetime: destruction does not wait for a read that is
+// stuck in the store; that thread keeps what it needs and leaves when the store answers.
+#pragma once
+
+#include <uffdkit/store.h>
+
+#include <memory>
+
+#include "engine/fetch.h"
+
+namespace uffdkit {
+
+class StoreLane {
+ public:
+  static constexpr unsigned kThreadsMax = 8;
+
+  // Errors: no thread can be started.
+  static Result<std::shared_ptr<StoreLane>> create(std::shared_ptr<Store> store);
+  ~StoreLane();
+  StoreLane(const StoreLane&) = delete;
+  StoreLane& operator=(const StoreLane&) = delete;
+
+  const std::shared_ptr<Store>& store() const { return store_; }
+
+  // Reads `fetch` on a thread of the lane, then hands it to `sink` if that still exists. The queue is as long
+  // as the sessions' own limits on fetches allow.
+  void submit(std::unique_ptr<Fetch> fetch, std::weak_ptr<FetchSink> sink);
+
+ private:
+  struct Shared;
+  explicit StoreLane(std::shared_ptr<Store> store);
+  // Starts a thread that has been counted in Shared::threads.
+  static bool start_thread(const std::shared_ptr<Shared>& shared);
+  static void run(std::shared_ptr<Shared> shared);
+
+  std::shared_ptr<Store> store_;
+  std::shared_ptr<Shared> shared_;
+};
+
+}  // namespace uffdkit

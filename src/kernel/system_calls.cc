@@ -1,0 +1,55 @@
+#include <uffdkit/system_calls.h>
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
+
+namespace uffdkit {
+namespace {
+
+class LinuxSystemCalls final : public SystemCalls {
+ public:
+  int userfaultfd(int flags) override {
+    const long fd = ::syscall(SYS_userfaultfd, flags);
+    return fd < 0 ? -errno : static_cast<int>(fd);
+  }
+  int open(const char* path, int flags) override {
+    const int fd = ::open(path, flags);
+    return fd < 0 ? -errno : fd;
+  }
+  int ioctl(int fd, unsigned long request, std::uintptr_t argument) override {
+    const int result = ::ioctl(fd, request, argument);
+    return result < 0 ? -errno : result;
+  }
+  std::ptrdiff_t read(int fd, void* buffer, std::size_t bytes) override {
+    const ssize_t result = ::read(fd, buffer, bytes);
+    return result < 0 ? -errno : result;
+  }
+  int poll_readable(int fd, int timeout_ms) override {
+    pollfd entry{.fd = fd, .events = POLLIN, .revents = 0};
+    const int result = ::poll(&entry, 1, timeout_ms);
+    return result < 0 ? -errno : entry.revents;
+  }
+  int get_flags(int fd) override {
+    const int result = ::fcntl(fd, F_GETFL);
+    return result < 0 ? -errno : result;
+  }
+  int duplicate(int fd) override {
+    const int result = ::fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    return result < 0 ? -errno : result;
+  }
+  int close(int fd) override { return ::close(fd) < 0 ? -errno : 0; }
+};
+
+}  // namespace
+
+SystemCalls& linux_system_calls() {
+  static LinuxSystemCalls calls;
+  return calls;
+}
+
+}  // namespace uffdkit

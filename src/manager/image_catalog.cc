@@ -1,0 +1,94 @@
+#include "manager/image_catalog.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <linux/openat2.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <utility>
+
+namespace uffdkit {
+
+Result<void> ImageCatalog::add(const std::string& name, const std::string& path) {
+  if (name.empty()) return Failure(Error("an image needs a name", EINVAL));
+  if (paths_.contains(name))
+    return Failure(Error(fmt::format("there are two images named {}", name), EEXIST));
+  if (auto opened = open_path(path); !opened) return Failure(std::move(opened).error());
+  paths_[name] = path;
+  return {};
+}
+
+Result<void> ImageCatalog::add_directory(const std::string& directory) {
+  UniqueFd fd(::open(directory.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC));
+  if (!fd) return Failure(Error::from_errno("open the image directory " + directory, errno));
+  directories_.push_back({.path = directory, .fd = std::move(fd)});
+  return {};
+}
+
+Result<std::shared_ptr<StoreLane>> ImageCatalog::open(const std::string& name) {
+  if (const auto found = paths_.find(name); found != paths_.end()) return open_path(found->second);
+  for (const Directory& directory : directories_) {
+    open_how how{};
+    how.flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
+    how.resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS;
+    UniqueFd file(
+        static_cast<int>(::syscall(SYS_openat2, directory.fd.get(), name.c_str(), &how, sizeof how)));
+    if (file) return share(std::move(file), directory.path + "/" + name);
+    if (errno != ENOENT) return Failure(Error::from_errno("open the image " + name, errno));
+  }
+  return Failure(
+      Error(fmt::format("there is no image named {}", name), ENOENT)
+          .with_remedy("name one that the manager was given (--image NAME=FILE, --images DIRECTORY)"));
+}
+
+Result<std::shared_ptr<StoreLane>> ImageCatalog::open_path(const std::string& path) {
+  UniqueFd file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (!file) return Failure(Error::from_errno("open the image " + path, errno));
+  return share(std::move(file), path);
+}
+
+Result<std::shared_ptr<SharedImage>> ImageCatalog::share_memory(const std::shared_ptr<StoreLane>& image) {
+  std::erase_if(shared_, [](const auto& entry) { return entry.expired(); });
+  for (const auto& entry : shared_)
+    if (auto known = entry.lock(); known && known->lane() == image) return known;
+  Result<std::shared_ptr<SharedImage>> memory = SharedImage::create(image);
+  if (memory) shared_.push_back(*memory);
+  return memory;
+}
+
+std::vector<std::shared_ptr<SharedImage>> ImageCatalog::shared_memory() const {
+  std::vector<std::shared_ptr<SharedImage>> all;
+  for (const auto& entry : shared_)
+    if (auto known = entry.lock()) all.push_back(std::move(known));
+  return all;
+}
+
+Result<std::shared_ptr<StoreLane>> ImageCatalog::share(UniqueFd file, const std::string& name) {
+  struct stat status;
+  if (::fstat(file.get(), &status) < 0) return Failure(Error::from_errno("stat " + name, errno));
+  const std::string key = fmt::format("{}:{}:{}:{}.{}", status.st_dev, status.st_ino, status.st_size,
+                                      status.st_mtim.tv_sec, status.st_mtim.tv_nsec);
+  const auto known = [&]() -> std::shared_ptr<StoreLane> {
+    const auto found = open_.find(key);
+    return found == open_.end() ? nullptr : found->second.lock();
+  };
+  {
+    const std::lock_guard lock(open_mutex_);
+    std::erase_if(open_, [](const auto& entry) { return entry.second.expired(); });
+    if (auto lane = known()) return lane;
+  }
+  Result<std::shared_ptr<Store>> store = open_file_store(file.get(), name);
+  if (!store) return Failure(std::move(store).error());
+  Result<std::shared_ptr<StoreLane>> lane = StoreLane::create(std::move(*store));
+  if (!lane) return lane;
+  const std::lock_guard lock(open_mutex_);
+  // Somebody else may have opened it meanwhile, by another name.
+  if (auto others = known()) return others;
+  open_[key] = *lane;
+  return lane;
+}
+
+}  // namespace uffdkit

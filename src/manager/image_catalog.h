@@ -1,0 +1,54 @@
+// The images that clients may have, by name, each opened once and shared by all of its sessions.
+// Threads: open() and open_path() from any, and they may block for as long as a file system does; the others
+// before that.
+#pragma once
+
+#include <uffdkit/error.h>
+#include <uffdkit/unique_fd.h>
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "engine/shared_image.h"
+#include "engine/store_lane.h"
+
+namespace uffdkit {
+
+class ImageCatalog {
+ public:
+  // `name` stands for the file at `path`. Errors: the name is empty or taken; the file cannot be opened now.
+  Result<void> add(const std::string& name, const std::string& path);
+  // Every regular file below `directory` can be had by its path there; symbolic links and ".." are not
+  // followed. Errors: no such directory.
+  Result<void> add_directory(const std::string& directory);
+
+  // The image of this name, as native clients know it: one that was added, or a file below a directory.
+  // Errors: ENOENT if there is none; otherwise why it cannot be opened.
+  Result<std::shared_ptr<StoreLane>> open(const std::string& name);
+  // The file at `path`.
+  Result<std::shared_ptr<StoreLane>> open_path(const std::string& path);
+  // The memory of that image, one for all who share it.
+  Result<std::shared_ptr<SharedImage>> share_memory(const std::shared_ptr<StoreLane>& image);
+  // What there is of it at this moment.
+  std::vector<std::shared_ptr<SharedImage>> shared_memory() const;
+
+ private:
+  struct Directory {
+    std::string path;
+    UniqueFd fd;
+  };
+  // The lane of an open file, shared with whoever has the same file open.
+  Result<std::shared_ptr<StoreLane>> share(UniqueFd file, const std::string& name);
+
+  std::map<std::string, std::string> paths_;
+  std::vector<Directory> directories_;
+  // By device, inode and time of change: a file that was replaced is another image.
+  std::mutex open_mutex_;  // never held while something may block
+  std::map<std::string, std::weak_ptr<StoreLane>> open_;
+  std::vector<std::weak_ptr<SharedImage>> shared_;
+};
+
+}  // namespace uffdkit

@@ -1,0 +1,933 @@
+#include "manager/manager.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <signal.h>
+#include <sys/epoll.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cerrno>
+#include <map>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <unordered_map>
+#include <utility>
+
+#include "base/clock.h"
+#include "manager/blocking_work.h"
+#include "manager/connections.h"
+#include "manager/event_loop.h"
+#include "manager/image_catalog.h"
+#include "manager/log.h"
+#include "manager/service.h"
+
+namespace uffdkit {
+namespace {
+
+// Connections that have not yet said what they want, and those on the control socket; more are not accepted
+// until some have, or are closed. Clients that have a session are not bounded but by descriptors.
+constexpr std::size_t kUndecidedMax = 4096;
+constexpr std::size_t kControlMax = 256;
+// How long accepting stops when no descriptor is left.
+constexpr std::int64_t kAcceptPauseMs = 100;
+// How many descriptors are kept for what there is: the manager's own; a listener; a session (userfaultfd,
+// state file, pidfd, perhaps an image); a connection (socket, pidfd); a client that has no session yet (all
+// that becomes its session's, and an image while it is opened).
+constexpr std::size_t kOwnDescriptors = 20;
+constexpr std::size_t kListenerDescriptors = 3;
+constexpr std::size_t kSessionDescriptors = 4;
+constexpr std::size_t kConnectionDescriptors = 2;
+constexpr std::size_t kClientDescriptors = 6;
+// Page errors that are logged for each session; the rest is counted.
+constexpr std::uint64_t kPageErrorsLogged = 10;
+// How long a native session is served on after its connection has ended.
+constexpr std::int64_t kResumeMs = 2'000;
+// What the sessions take of an answer's bytes at most, which leaves as much again for some thousand
+// listeners; one session but for its image's name; and a byte of that, written as JSON.
+constexpr std::size_t kSessionsJsonBytesMax = control::kAnswerBytesMax / 2;
+constexpr std::size_t kSessionJsonBytes = 800;
+constexpr std::size_t kEscapedBytes = 6;
+// Lines that workers have to say and that are not written yet; more are left out.
+constexpr std::size_t kLogsQueuedMax = 1000;
+
+std::string_view to_string(SessionEnd end) {
+  switch (end) {
+    case SessionEnd::gone:
+      return "its process is gone";
+    case SessionEnd::detached:
+      return "complete and detached";
+    case SessionEnd::released:
+      return "released by its client";
+    case SessionEnd::abandoned:
+      return "left to a successor";
+    case SessionEnd::failed:
+      return "failed, client killed";
+  }
+  return "?";
+}
+
+std::string_view to_string(SharingMode mode) {
+  switch (mode) {
+    case SharingMode::none:
+      return "none";
+    case SharingMode::page_cache:
+      return "page cache";
+    case SharingMode::resolve:
+      return "resolve";
+  }
+  return "?";
+}
+
+nlohmann::json counters_json(const SessionStatus& status) {
+  return {{"faults", status.faults},
+          {"faults_merged", status.faults_merged},
+          {"events", status.events},
+          {"pages_copied", status.pages_copied},
+          {"pages_zeroed", status.pages_zeroed},
+          {"pages_shared", status.pages_shared},
+          {"pages_removed", status.pages_removed},
+          {"pages_poisoned", status.pages_poisoned},
+          {"pages_outside", status.pages_outside},
+          {"bytes_read", status.bytes_read},
+          {"fetches", status.fetches},
+          {"retries", status.retries},
+          {"read_errors", status.read_errors}};
+}
+
+void add_counters(nlohmann::json& total, const nlohmann::json& more) {
+  for (const auto& [name, count] : more.items())
+    total[name] = total.value(name, std::uint64_t{0}) + count.get<std::uint64_t>();
+}
+
+// What tells one file from all others.
+struct FileIdentity {
+  dev_t device;
+  ino_t inode;
+  bool operator==(const FileIdentity&) const = default;
+};
+
+std::optional<FileIdentity> identity_of(int fd) {
+  struct stat status;
+  if (::fstat(fd, &status) != 0) return std::nullopt;
+  return FileIdentity{.device = status.st_dev, .inode = status.st_ino};
+}
+
+}  // namespace
+
+class Manager::Impl final : public ConnectionService, public EngineListener {
+ public:
+  explicit Impl(const ManagerOptions& options) : options_(options) {}
+  Result<void> start();
+
+  Result<void> listen(control::ListenKind kind, const std::string& path, const std::string& image);
+  Result<void> listen_control(const std::string& path);
+  ImageCatalog& images() { return *images_; }
+  std::string listening() const;
+  Result<void> stop_at_signals();
+  void on_ending(std::function<void()> tell) { on_ending_ = std::move(tell); }
+  bool run();
+  void stop();
+
+  // ConnectionService
+  Result<AttachedSession> attach(NewSession session, std::shared_ptr<StoreLane> image,
+                                 Connection* connection) override;
+  void resume(UniqueFd uffd, UniqueFd state_file, const Peer& peer, Connection* connection,
+              Attached attached) override;
+  void open_image(const std::string& name, Connection* connection, ImageOpened opened) override;
+  Result<std::shared_ptr<SharedImage>> share_memory(const std::shared_ptr<StoreLane>& image) override {
+    return images_->share_memory(image);
+  }
+  Engine& engine() override { return *engine_; }
+  Engine::Done on_loop(Connection* connection, Engine::Done done) override;
+  nlohmann::json status() override;
+  nlohmann::json listeners() override;
+  void add_listener(const control::ListenAdd& request, Connection* connection, Engine::Done done) override;
+  Result<void> remove_listener(const std::string& socket) override;
+  void refused(const std::string& who, const Error& error) override;
+  void want(Connection& connection, int fd, bool read, bool write) override;
+  void close(Connection& connection, int fd) override;
+
+  // EngineListener: from workers
+  void session_ended(const SessionStatus& session, SessionEnd end) override;
+  void session_forked(const SessionStatus& session) override;
+  void detach_failed(SessionId session, const Error& error) override;
+  void page_failed(SessionId session, const Error& error) override;
+  void warn(SessionId session, const std::string& text) override;
+
+ private:
+  struct Listener {
+    ListeningSocket socket;
+    control::ListenKind kind;
+    std::string image;                 // the path that was given, for Firecracker's
+    std::shared_ptr<StoreLane> store;  // likewise
+  };
+  // What is opened before a listener can be added; it may block.
+  struct Opened {
+    ListeningSocket socket;
+    std::shared_ptr<StoreLane> store;
+  };
+  enum class Stage : std::uint8_t {
+    undecided,  // a client that has to say what it wants within the deadline
+    decided,    // one that has done so, and may stay for as long as it lives
+    control,
+  };
+  struct OpenConnection {
+    std::unique_ptr<Connection> connection;
+    int fd;
+    std::uint64_t serial;  // tells it from a later one at the same address
+    Stage stage;
+    EventLoop::Timer deadline;         // 0: none
+    ImageOpened opened = nullptr;      // while an image is opened for it
+    BlockingWork::Ticket opening = 0;  // the last one
+  };
+  struct SessionInfo {
+    std::string_view kind;  // how it came: "firecracker", "native", or by "fork"
+    bool keeps_descriptor;
+    pid_t pid;
+    uid_t uid;
+    std::string image;
+    std::shared_ptr<StoreLane> lane;  // none for forks
+    std::optional<FileIdentity> state_file;
+    Connection* connection;
+    bool leaving = false;  // abandoned; its end has not been heard yet
+    std::uint64_t page_errors = 0;
+  };
+
+  static Result<Opened> open(ImageCatalog& images, control::ListenKind kind, const std::string& path,
+                             const std::string& image);
+  // Whether a listener can be added at this path.
+  Result<void> check_free(const std::string& path) const;
+  Result<void> add_listener(control::ListenKind kind, const std::string& path, const std::string& image,
+                            Opened opened);
+  void accept(Listener& listener);
+  // Whether another client can be taken to its end. A client that must be refused half-way for want of a
+  // descriptor may hang for ever; one that waits in the listener's queue comes later.
+  bool has_room() const;
+  void accept_control();
+  void open_connection(std::unique_ptr<Connection> connection, int fd, Stage stage);
+  void set_deadline(Connection* connection);
+  // A session is served for this connection, if it is one.
+  void has_session(Connection* connection);
+  // How many connections there are.
+  std::size_t& in_stage(Stage stage) { return in_stage_[static_cast<std::size_t>(stage)]; }
+  std::size_t in_stage(Stage stage) const { return in_stage_[static_cast<std::size_t>(stage)]; }
+  bool is_open(Connection* connection, std::uint64_t serial) const;
+  // After a failed accept: tries again later, since an event for it would come at once.
+  void pause(int fd);
+  Result<AttachedSession> serve(Attachment attachment, const SessionInfo& info);
+  // RESUME of a session that this manager serves; nothing if it does not.
+  std::optional<Result<AttachedSession>> resume_own(int state_file, Connection* connection);
+  // And of another's, once its image is open.
+  Result<AttachedSession> take_up(UniqueFd uffd, UniqueFd process, SessionState state, uid_t uid, pid_t pid,
+                                  std::shared_ptr<StoreLane> image, Connection* connection);
+  void forget(const SessionStatus& session, SessionEnd end);
+  // Of all sessions that forget() has not taken out yet.
+  std::vector<SessionStatus> statuses();
+  // Serves a session no longer whose client's connection has ended: the client keeps a descriptor of its own,
+  // so it either wants no more, or finds its way back by RESUME.
+  void leave(SessionId session);
+  // Has `write` log something on the loop's thread. From workers.
+  void post_log(EventLoop::Callback write);
+  void begin_end();
+  void end_now();
+
+  const ManagerOptions options_;
+  Log log_{STDERR_FILENO};
+  const std::int64_t started_ns_ = monotonic_ns();
+  std::unique_ptr<EventLoop> loop_;
+  std::unique_ptr<BlockingWork> work_;
+  UniqueFd signals_;
+  // Shared with threads that open an image still.
+  const std::shared_ptr<ImageCatalog> images_ = std::make_shared<ImageCatalog>();
+  std::map<std::string, Listener> listeners_;
+  std::optional<ListeningSocket> control_;
+  std::unordered_map<Connection*, OpenConnection> connections_;
+  std::array<std::size_t, 3> in_stage_{};
+  std::uint64_t last_serial_ = 0;
+  std::vector<std::unique_ptr<Connection>> closed_;
+  std::map<SessionId, SessionInfo> sessions_;
+  std::uint64_t sessions_ended_ = 0;
+  std::uint64_t clients_refused_ = 0;
+  nlohmann::json ended_counters_ = nlohmann::json::object();
+  std::mutex unheard_mutex_;
+  std::map<SessionId, SessionStatus> unheard_;  // sessions whose end is on its way through the loop
+  std::atomic<std::size_t> logs_queued_{0};
+  std::function<void()> on_ending_;
+  bool full_ = false;  // clients wait at the listeners
+  bool ending_ = false;
+  bool end_was_good_ = true;
+  // Last: its workers call this object.
+  std::unique_ptr<Engine> engine_;
+};
+
+// ---- start, end -------------------------------------------------------------------------------------------
+
+Result<void> Manager::Impl::start() {
+  Result<std::unique_ptr<EventLoop>> loop = EventLoop::create();
+  if (!loop) return Failure(std::move(loop).error());
+  loop_ = std::move(*loop);
+  work_ = std::make_unique<BlockingWork>(*loop_);
+  Result<std::unique_ptr<Engine>> engine =
+      Engine::create({.workers = options_.workers,
+                      .spin_ns = options_.spin_ns,
+                      .session = {.fault_around = options_.fault_around,
+                                  .shared_fault_around = options_.shared_fault_around}},
+                     *this);
+  if (!engine) return Failure(std::move(engine).error());
+  engine_ = std::move(*engine);
+  return {};
+}
+
+Result<void> Manager::Impl::stop_at_signals() {
+  sigset_t signals;
+  ::sigemptyset(&signals);
+  ::sigaddset(&signals, SIGTERM);
+  ::sigaddset(&signals, SIGINT);
+  signals_.reset(::signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK));
+  if (!signals_) return Failure(Error::from_errno("wait for signals", errno));
+  return loop_->add(signals_.get(), EPOLLIN, [this] {
+    signalfd_siginfo signal;
+    while (::read(signals_.get(), &signal, sizeof signal) == sizeof signal) stop();
+  });
+}
+
+bool Manager::Impl::run() {
+  loop_->run();
+  return end_was_good_;
+}
+
+void Manager::Impl::stop() {
+  loop_->post([this] { ending_ ? end_now() : begin_end(); });
+}
+
+void Manager::Impl::begin_end() {
+  ending_ = true;
+  if (on_ending_) on_ending_();
+  for (auto& [path, listener] : listeners_) loop_->remove(listener.socket.fd());
+  listeners_.clear();
+  if (sessions_.empty()) return loop_->stop();
+  log_.write(fmt::format("ending: {} sessions to complete or to leave to a successor", sessions_.size()));
+  const Engine::Done ignored = [](const Result<void>&) {};
+  for (const auto& [id, info] : sessions_) {
+    if (info.keeps_descriptor) {
+      engine_->abandon(id, ignored);
+    } else {
+      engine_->begin_detach(id, Unreadable::poison, ignored);
+    }
+  }
+  loop_->after(options_.drain_ms, [this] { end_now(); });
+}
+
+void Manager::Impl::end_now() {
+  // Closing the descriptor under a client would make it hang, or read zeros.
+  for (const auto& [id, info] : sessions_)
+    engine_->kill(id, "the manager ends before the client's memory is complete", [](const Result<void>&) {});
+}
+
+// ---- sockets ----------------------------------------------------------------------------------------------
+
+Result<Manager::Impl::Opened> Manager::Impl::open(ImageCatalog& images, control::ListenKind kind,
+                                                  const std::string& path, const std::string& image) {
+  std::shared_ptr<StoreLane> store;
+  if (kind == control::ListenKind::firecracker) {
+    auto opened = images.open_path(image);
+    if (!opened) return Failure(std::move(opened).error());
+    store = std::move(*opened);
+  }
+  Result<ListeningSocket> socket = ListeningSocket::open(path);
+  if (!socket) return Failure(std::move(socket).error());
+  return Opened{.socket = std::move(*socket), .store = std::move(store)};
+}
+
+Result<void> Manager::Impl::check_free(const std::string& path) const {
+  if (ending_) return Failure(Error("the manager is ending", ESHUTDOWN));
+  if (!listeners_.contains(path) && !(control_ && control_->path() == path)) return {};
+  return Failure(Error(fmt::format("{} is listened at already", path), EADDRINUSE)
+                     .with_remedy("choose another socket, or remove that one first"));
+}
+
+Result<void> Manager::Impl::add_listener(control::ListenKind kind, const std::string& path,
+                                         const std::string& image, Opened opened) {
+  const int fd = opened.socket.fd();
+  Listener& listener = listeners_
+                           .emplace(path, Listener{.socket = std::move(opened.socket),
+                                                   .kind = kind,
+                                                   .image = image,
+                                                   .store = std::move(opened.store)})
+                           .first->second;
+  auto watched = loop_->add(fd, EPOLLIN, [this, &listener] { accept(listener); });
+  if (!watched) listeners_.erase(path);
+  return watched;
+}
+
+Result<void> Manager::Impl::listen(control::ListenKind kind, const std::string& path,
+                                   const std::string& image) {
+  if (auto free = check_free(path); !free) return free;
+  Result<Opened> opened = open(*images_, kind, path, image);
+  if (!opened) return Failure(std::move(opened).error());
+  return add_listener(kind, path, image, std::move(*opened));
+}
+
+void Manager::Impl::add_listener(const control::ListenAdd& request, Connection* connection,
+                                 Engine::Done done) {
+  const Engine::Done answer = on_loop(connection, std::move(done));
+  if (auto free = check_free(request.socket); !free) return answer(std::move(free));
+  work_->run("listen " + request.socket, [this, images = images_, request, answer] {
+    auto opened =
+        std::make_shared<Result<Opened>>(open(*images, request.kind, request.socket, request.image));
+    return [this, request, answer, opened] {
+      if (!*opened) return answer(Failure(opened->error()));
+      if (auto free = check_free(request.socket); !free) return answer(std::move(free));
+      answer(add_listener(request.kind, request.socket, request.image, std::move(**opened)));
+    };
+  });
+}
+
+void Manager::Impl::open_image(const std::string& name, Connection* connection, ImageOpened opened) {
+  OpenConnection& entry = connections_.at(connection);
+  // What waits for the image belongs to the connection, and goes with it: a userfaultfd, for one.
+  entry.opened = std::move(opened);
+  entry.opening =
+      work_->run("image " + name, [this, images = images_, name, connection, serial = entry.serial] {
+        return [this, connection, serial, image = images->open(name)] {
+          if (!is_open(connection, serial)) return;
+          const ImageOpened wanted = std::exchange(connections_.at(connection).opened, nullptr);
+          wanted(image);
+        };
+      });
+}
+
+Result<void> Manager::Impl::remove_listener(const std::string& path) {
+  const auto found = listeners_.find(path);
+  if (found == listeners_.end())
+    return Failure(Error(fmt::format("nothing is listened at {}", path), ENOENT)
+                       .with_remedy("'uffdkit listen list' shows the sockets"));
+  loop_->remove(found->second.socket.fd());
+  listeners_.erase(found);
+  return {};
+}
+
+Result<void> Manager::Impl::listen_control(const std::string& path) {
+  Result<ListeningSocket> socket = ListeningSocket::open(path);
+  if (!socket) return Failure(std::move(socket).error());
+  control_ = std::move(*socket);
+  return loop_->add(control_->fd(), EPOLLIN, [this] { accept_control(); });
+}
+
+std::string Manager::Impl::listening() const {
+  std::string text;
+  for (const auto& [path, listener] : listeners_)
+    text += fmt::format(" {}={}", control::to_string(listener.kind), path);
+  if (control_) text += " control=" + control_->path();
+  return text;
+}
+
+void Manager::Impl::pause(int fd) {
+  loop_->change(fd, 0);
+  loop_->after(kAcceptPauseMs, [this, fd] {
+    const auto still_there = std::any_of(listeners_.begin(), listeners_.end(),
+                                         [&](const auto& entry) { return entry.second.socket.fd() == fd; });
+    if (still_there || (control_ && control_->fd() == fd)) loop_->change(fd, EPOLLIN);
+  });
+}
+
+bool Manager::Impl::has_room() const {
+  if (in_stage(Stage::undecided) >= kUndecidedMax) return false;
+  rlimit limit;
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return true;
+  return kOwnDescriptors + kListenerDescriptors * listeners_.size() + kSessionDescriptors * sessions_.size() +
+             kConnectionDescriptors * connections_.size() +
+             kClientDescriptors * (in_stage(Stage::undecided) + closed_.size() + 1) <=
+         limit.rlim_cur;
+}
+
+void Manager::Impl::accept(Listener& listener) {
+  while (has_room()) {
+    full_ = false;
+    Accepted accepted = listener.socket.accept();
+    if (!accepted.socket) {
+      if (accepted.os_error == 0) return;
+      log_.write(Error::from_errno("accept at " + listener.socket.path(), accepted.os_error).text());
+      return pause(listener.socket.fd());
+    }
+    Result<Peer> peer = peer_of(accepted.socket.get());
+    if (!peer) {
+      refused(listener.socket.path(), peer.error());
+      continue;
+    }
+    const int fd = accepted.socket.get();
+    std::unique_ptr<Connection> connection;
+    if (listener.kind == control::ListenKind::firecracker) {
+      connection = std::make_unique<FirecrackerConnection>(std::move(accepted.socket), std::move(*peer),
+                                                           listener.socket.path(), listener.store, *this);
+    } else {
+      connection = std::make_unique<NativeConnection>(std::move(accepted.socket), std::move(*peer),
+                                                      listener.socket.path(), *this);
+    }
+    open_connection(std::move(connection), fd, Stage::undecided);
+  }
+  if (!std::exchange(full_, true))
+    log_.write(
+        "there are no descriptors for more clients, which wait; raise the limit on open files "
+        "(LimitNOFILE=)");
+  pause(listener.socket.fd());
+}
+
+void Manager::Impl::accept_control() {
+  while (in_stage(Stage::control) < kControlMax) {
+    Accepted accepted = control_->accept();
+    if (!accepted.socket) {
+      if (accepted.os_error == 0) return;
+      break;
+    }
+    const int fd = accepted.socket.get();
+    open_connection(std::make_unique<ControlConnection>(std::move(accepted.socket), *this), fd,
+                    Stage::control);
+  }
+  pause(control_->fd());
+}
+
+// ---- connections ------------------------------------------------------------------------------------------
+
+void Manager::Impl::open_connection(std::unique_ptr<Connection> connection, int fd, Stage stage) {
+  Connection* key = connection.get();
+  auto watched = loop_->add(fd, EPOLLIN, [key] { key->ready(); });
+  if (!watched) return log_.write(watched.error().text());
+  connections_.emplace(key, OpenConnection{.connection = std::move(connection),
+                                           .fd = fd,
+                                           .serial = ++last_serial_,
+                                           .stage = stage,
+                                           .deadline = 0});
+  ++in_stage(stage);
+  if (stage == Stage::undecided) set_deadline(key);
+  key->ready();
+}
+
+void Manager::Impl::set_deadline(Connection* connection) {
+  connections_.at(connection).deadline = loop_->after(options_.handshake_ms, [this, connection] {
+    // It may not be the client who is late.
+    if (connection->is_waiting()) return set_deadline(connection);
+    OpenConnection& entry = connections_.at(connection);
+    entry.deadline = 0;
+    refused("a client", Error(fmt::format("it did not say within {} ms what it wants", options_.handshake_ms),
+                              ETIMEDOUT));
+    close(*connection, entry.fd);
+  });
+}
+
+void Manager::Impl::has_session(Connection* connection) {
+  if (connection == nullptr) return;
+  OpenConnection& entry = connections_.at(connection);
+  if (entry.stage != Stage::undecided) return;
+  --in_stage(entry.stage);
+  entry.stage = Stage::decided;
+  ++in_stage(entry.stage);
+  loop_->cancel(std::exchange(entry.deadline, 0));
+}
+
+void Manager::Impl::want(Connection& connection, int fd, bool read, bool write) {
+  if (!connections_.contains(&connection)) return;
+  loop_->change(fd, (read ? EPOLLIN : 0u) | (write ? EPOLLOUT : 0u));
+}
+
+void Manager::Impl::close(Connection& connection, int fd) {
+  const auto found = connections_.find(&connection);
+  if (found == connections_.end()) return;
+  loop_->remove(fd);
+  if (found->second.deadline != 0) loop_->cancel(found->second.deadline);
+  --in_stage(found->second.stage);
+  work_->forget(found->second.opening);
+  for (auto& [id, info] : sessions_) {
+    if (info.connection != &connection) continue;
+    info.connection = nullptr;
+    loop_->after(kResumeMs, [this, session = id] { leave(session); });
+  }
+  // It may be running now: it goes when it has returned.
+  closed_.push_back(std::move(found->second.connection));
+  connections_.erase(found);
+  loop_->post([this] { closed_.clear(); });
+}
+
+bool Manager::Impl::is_open(Connection* connection, std::uint64_t serial) const {
+  const auto found = connections_.find(connection);
+  return found != connections_.end() && found->second.serial == serial;
+}
+
+Engine::Done Manager::Impl::on_loop(Connection* connection, Engine::Done done) {
+  const std::uint64_t serial = connections_.at(connection).serial;
+  return [this, connection, serial, done = std::move(done)](Result<void> result) {
+    loop_->post([this, connection, serial, done, result = std::move(result)] {
+      if (is_open(connection, serial)) done(result);
+    });
+  };
+}
+
+void Manager::Impl::leave(SessionId session) {
+  const auto found = sessions_.find(session);
+  if (found == sessions_.end() || found->second.connection != nullptr || found->second.leaving) return;
+  found->second.leaving = true;
+  engine_->abandon(session, [](const Result<void>&) {});
+}
+
+void Manager::Impl::refused(const std::string& who, const Error& error) {
+  ++clients_refused_;
+  log_.write(fmt::format("refused: {}: {}", who, error.text()));
+}
+
+// ---- sessions ---------------------------------------------------------------------------------------------
+
+Result<AttachedSession> Manager::Impl::serve(Attachment attachment, const SessionInfo& info) {
+  const ByteCount image_size = attachment.lane->store()->size();
+  Result<SessionId> id = engine_->attach(std::move(attachment));
+  if (!id) return Failure(std::move(id).error());
+  // Before anything of the session's end can be heard, which comes through the loop.
+  sessions_.emplace(*id, info);
+  has_session(info.connection);
+  Result<UniqueFd> state_file = engine_->state_file(*id);
+  if (!state_file && info.keeps_descriptor) {
+    // Not released: a client that comes back may have memory that it has not got yet, which must not read as
+    // zeros.
+    sessions_.at(*id).connection = nullptr;
+    leave(*id);
+    return Failure(std::move(state_file).error());
+  }
+  const std::optional<SessionStatus> status = engine_->session(*id);
+  log_.write(fmt::format("session {}: pid {} uid {}, {} bytes from {}", *id, info.pid, info.uid,
+                         status ? status->memory_bytes : 0, info.image));
+  return AttachedSession{.id = *id,
+                         .image_size = image_size,
+                         .regions = status ? static_cast<std::uint32_t>(status->regions) : 0,
+                         .state_file = state_file ? std::move(*state_file) : UniqueFd(),
+                         .image = info.lane};
+}
+
+Result<AttachedSession> Manager::Impl::attach(NewSession session, std::shared_ptr<StoreLane> image,
+                                              Connection* connection) {
+  if (ending_) return Failure(Error("the manager is ending", ESHUTDOWN).with_remedy("connect again"));
+  if (auto valid = validate(session.request.regions, image->store()->size()); !valid)
+    return Failure(std::move(valid).error());
+  if (!session.peer->pidfd)
+    return Failure(
+        Error("the client's process cannot be watched", ESRCH)
+            .with_remedy("use Linux 6.5 or newer, or run client and manager in one pid namespace"));
+  Result<Uffd> uffd = Uffd::receive(session.uffd.release());
+  if (!uffd) return Failure(std::move(uffd).error());
+  Result<SessionState> state = SessionState::create(session.request.image);
+  if (!state) return Failure(std::move(state).error());
+  const std::optional<FileIdentity> state_file = identity_of(state->fd());
+  std::vector<RegionSpec> regions;
+  for (const RequestedRegion& region : session.request.regions)
+    regions.push_back({.memory = region.memory,
+                       .offset = region.offset,
+                       .page_size = region.page_size,
+                       .sharing = session.sharing});
+  UniqueFd process(::fcntl(session.peer->pidfd.get(), F_DUPFD_CLOEXEC, 0));
+  if (!process) return Failure(Error::from_errno("duplicate the client's pidfd", errno));
+  return serve({.uffd = std::move(*uffd),
+                .state = std::move(*state),
+                .regions = std::move(regions),
+                .lane = image,
+                .process = std::move(process)},
+               {.kind = session.keeps_descriptor ? "native" : "firecracker",
+                .keeps_descriptor = session.keeps_descriptor,
+                .pid = session.peer->pid,
+                .uid = session.peer->uid,
+                .image = session.request.image,
+                .lane = image,
+                .state_file = state_file,
+                .connection = connection});
+}
+
+void Manager::Impl::resume(UniqueFd uffd_fd, UniqueFd state_fd, const Peer& peer, Connection* connection,
+                           Attached attached) {
+  const auto answer = [&](Result<AttachedSession> result) {
+    const auto kept = std::make_shared<Result<AttachedSession>>(std::move(result));
+    on_loop(connection, [kept, attached](const Result<void>&) { attached(std::move(*kept)); })({});
+  };
+  if (ending_) return answer(Failure(Error("the manager is ending", ESHUTDOWN).with_remedy("connect again")));
+  if (auto own = resume_own(state_fd.get(), connection)) return answer(*std::move(own));
+  if (!peer.pidfd) return answer(Failure(Error("the client's process cannot be watched", ESRCH)));
+  UniqueFd process(::fcntl(peer.pidfd.get(), F_DUPFD_CLOEXEC, 0));
+  if (!process) return answer(Failure(Error::from_errno("duplicate the client's pidfd", errno)));
+  Result<SessionState> state = SessionState::open(std::move(state_fd));
+  if (!state) return answer(Failure(Error(state.error().text(), EBADF)));
+
+  struct Request {
+    UniqueFd uffd;
+    UniqueFd process;
+    SessionState state;
+    uid_t uid;
+    pid_t pid;
+  };
+  const std::string name = state->image();
+  const auto kept = std::make_shared<Request>(Request{.uffd = std::move(uffd_fd),
+                                                      .process = std::move(process),
+                                                      .state = std::move(*state),
+                                                      .uid = peer.uid,
+                                                      .pid = peer.pid});
+  open_image(name, connection, [=, this](Result<std::shared_ptr<StoreLane>> image) {
+    if (!image) return attached(Failure(std::move(image).error()));
+    if (ending_)
+      return attached(Failure(Error("the manager is ending", ESHUTDOWN).with_remedy("connect again")));
+    // Somebody else may have taken it up meanwhile.
+    if (auto own = resume_own(kept->state.fd(), connection)) return attached(*std::move(own));
+    attached(take_up(std::move(kept->uffd), std::move(kept->process), std::move(kept->state), kept->uid,
+                     kept->pid, std::move(*image), connection));
+  });
+}
+
+std::optional<Result<AttachedSession>> Manager::Impl::resume_own(int state_file, Connection* connection) {
+  // By the file, and not by its number: it may be another manager's number for it, of before a RESUME whose
+  // answer did not arrive. Two that serve the same memory would spoil it.
+  const auto found = std::ranges::find_if(sessions_, [&](const auto& entry) {
+    const std::optional<FileIdentity>& own = entry.second.state_file;
+    return own && own == identity_of(state_file);
+  });
+  if (found == sessions_.end()) return std::nullopt;
+  SessionInfo& info = found->second;
+  const SessionId id = found->first;
+  if (info.leaving) return Failure(Error(fmt::format("session {} is being closed", id), EBUSY));
+  if (info.connection != nullptr)
+    return Failure(Error(fmt::format("session {} is served on another connection", id), EBUSY)
+                       .with_remedy("close that connection first"));
+  const std::optional<SessionStatus> status = engine_->session(id);
+  if (!status) return Failure(Error(fmt::format("session {} has ended", id), ESRCH));
+  Result<UniqueFd> own = engine_->state_file(id);
+  if (!own) return Failure(std::move(own).error());
+  info.connection = connection;
+  has_session(connection);
+  return AttachedSession{.id = id,
+                         .image_size = info.lane->store()->size(),
+                         .regions = static_cast<std::uint32_t>(status->regions),
+                         .state_file = std::move(*own),
+                         .image = info.lane};
+}
+
+Result<AttachedSession> Manager::Impl::take_up(UniqueFd uffd_fd, UniqueFd process, SessionState state,
+                                               uid_t uid, pid_t pid, std::shared_ptr<StoreLane> image,
+                                               Connection* connection) {
+  Result<Uffd> uffd = Uffd::receive(uffd_fd.release());
+  if (!uffd) return Failure(Error(uffd.error().text(), EBADF));
+  const ByteCount image_size = image->store()->size();
+  for (const RegionRecord& region : state.regions())
+    if (region.live && (region.offset.value > image_size.value ||
+                        region.length.value > image_size.value - region.offset.value))
+      return Failure(Error(fmt::format("the image {} has {} bytes now, less than the session's regions need",
+                                       state.image(), image_size.value),
+                           ESTALE));
+  const std::string name = state.image();
+  const std::optional<FileIdentity> state_file = identity_of(state.fd());
+  return serve({.uffd = std::move(*uffd),
+                .state = std::move(state),
+                .regions = {},
+                .lane = image,
+                .process = std::move(process)},
+               {.kind = "native",
+                .keeps_descriptor = true,
+                .pid = pid,
+                .uid = uid,
+                .image = name,
+                .lane = image,
+                .state_file = state_file,
+                .connection = connection});
+}
+
+void Manager::Impl::session_ended(const SessionStatus& session, SessionEnd end) {
+  {
+    const std::lock_guard lock(unheard_mutex_);
+    unheard_.emplace(session.id, session);
+  }
+  loop_->post([this, session, end] { forget(session, end); });
+}
+
+void Manager::Impl::forget(const SessionStatus& session, SessionEnd end) {
+  {
+    const std::lock_guard lock(unheard_mutex_);
+    unheard_.erase(session.id);
+  }
+  const auto found = sessions_.find(session.id);
+  if (found == sessions_.end()) return;
+  const SessionInfo info = found->second;
+  sessions_.erase(found);
+  ++sessions_ended_;
+  add_counters(ended_counters_, counters_json(session));
+  log_.write(
+      fmt::format("session {}: {}; {} faults, {} pages copied, {} shared, {} zero, {} removed, {} failed",
+                  session.id, to_string(end), session.faults, session.pages_copied, session.pages_shared,
+                  session.pages_zeroed, session.pages_removed, session.pages_poisoned));
+  if (end == SessionEnd::failed) end_was_good_ = end_was_good_ && !ending_;
+  if (info.connection != nullptr) info.connection->session_ended(end);
+  if (ending_ && sessions_.empty()) loop_->stop();
+}
+
+void Manager::Impl::session_forked(const SessionStatus& session) {
+  loop_->post([this, session] {
+    const auto parent = sessions_.find(session.parent);
+    // The parent may have ended meanwhile; the child knows no more of its process than its user then.
+    SessionInfo info{.kind = "fork",
+                     .keeps_descriptor = false,
+                     .pid = 0,
+                     .uid = 0,
+                     .image = session.image,
+                     .lane = nullptr,
+                     .state_file = std::nullopt,
+                     .connection = nullptr};
+    if (parent != sessions_.end()) info.uid = parent->second.uid;
+    sessions_.emplace(session.id, info);
+    log_.write(fmt::format("session {}: a child of session {}'s client, {} bytes from {}", session.id,
+                           session.parent, session.memory_bytes, session.image));
+    if (ending_) engine_->begin_detach(session.id, Unreadable::poison, [](const Result<void>&) {});
+  });
+}
+
+void Manager::Impl::detach_failed(SessionId session, const Error& error) {
+  loop_->post([this, session, error] {
+    const auto found = sessions_.find(session);
+    if (found != sessions_.end() && found->second.connection != nullptr)
+      found->second.connection->detach_failed(error);
+  });
+}
+
+void Manager::Impl::page_failed(SessionId session, const Error& error) {
+  post_log([this, session, error] {
+    const auto found = sessions_.find(session);
+    if (found == sessions_.end() || ++found->second.page_errors > kPageErrorsLogged) return;
+    log_.write(fmt::format("session {}: {}; that page answers with SIGBUS", session, error.text()));
+    if (found->second.page_errors == kPageErrorsLogged)
+      log_.write(fmt::format("session {}: further pages that fail are only counted", session));
+  });
+}
+
+void Manager::Impl::warn(SessionId session, const std::string& text) {
+  post_log([this, session, text] { log_.write(fmt::format("session {}: {}", session, text)); });
+}
+
+void Manager::Impl::post_log(EventLoop::Callback write) {
+  // A log that nobody reads must not hold up a worker, nor fill the memory.
+  if (logs_queued_.fetch_add(1) >= kLogsQueuedMax) {
+    logs_queued_.fetch_sub(1);
+    return;
+  }
+  loop_->post([this, write = std::move(write)] {
+    logs_queued_.fetch_sub(1);
+    write();
+  });
+}
+
+// ---- status -----------------------------------------------------------------------------------------------
+
+nlohmann::json Manager::Impl::listeners() {
+  nlohmann::json list = nlohmann::json::array();
+  for (const auto& [path, listener] : listeners_) {
+    nlohmann::json entry = {{"socket", path}, {"kind", control::to_string(listener.kind)}};
+    if (!listener.image.empty()) entry["image"] = listener.image;
+    list.push_back(std::move(entry));
+  }
+  return list;
+}
+
+std::vector<SessionStatus> Manager::Impl::statuses() {
+  std::vector<SessionStatus> statuses = engine_->sessions();
+  // Those that have left the engine meanwhile are not among the ended ones yet.
+  const std::lock_guard lock(unheard_mutex_);
+  for (const auto& [id, status] : unheard_)
+    if (std::ranges::find(statuses, id, &SessionStatus::id) == statuses.end()) statuses.push_back(status);
+  return statuses;
+}
+
+nlohmann::json Manager::Impl::status() {
+  nlohmann::json sessions = nlohmann::json::array();
+  nlohmann::json total = ended_counters_;
+  std::size_t bytes = 0;
+  std::uint64_t left_out = 0;
+  for (const SessionStatus& status : statuses()) {
+    const auto found = sessions_.find(status.id);
+    if (found == sessions_.end()) continue;
+    const SessionInfo& info = found->second;
+    nlohmann::json entry = counters_json(status);
+    add_counters(total, entry);
+    bytes += kSessionJsonBytes + kEscapedBytes * info.image.size();
+    if (bytes > kSessionsJsonBytesMax) {
+      ++left_out;
+      continue;
+    }
+    entry["id"] = status.id;
+    if (status.parent != 0) entry["parent"] = status.parent;
+    entry["pid"] = info.pid;
+    entry["uid"] = info.uid;
+    entry["image"] = info.image;
+    entry["kind"] = info.kind;
+    entry["connected"] = info.connection != nullptr;
+    entry["sharing"] = to_string(status.sharing);
+    entry["memory_bytes"] = status.memory_bytes;
+    entry["regions"] = status.regions;
+    entry["pending"] = status.pending;
+    entry["oldest_pending_us"] = status.oldest_pending_ns / 1000;
+    sessions.push_back(std::move(entry));
+  }
+  nlohmann::json shared = nlohmann::json::array();
+  for (const auto& image : images_->shared_memory())
+    shared.push_back({{"image", image->lane()->store()->name()},
+                      {"bytes", image->size().value},
+                      {"filled_pages", image->filled_pages()}});
+  return {{"pid", ::getpid()},
+          {"uptime_ms", (monotonic_ns() - started_ns_) / 1'000'000},
+          {"ending", ending_},
+          {"listeners", listeners()},
+          {"sessions", std::move(sessions)},
+          {"shared_images", std::move(shared)},
+          {"sessions_left_out", left_out},
+          {"sessions_ended", sessions_ended_},
+          {"clients_refused", clients_refused_},
+          {"total", std::move(total)}};
+}
+
+// ---- Manager ----------------------------------------------------------------------------------------------
+
+Manager::Manager(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Manager::~Manager() = default;
+
+Result<std::unique_ptr<Manager>> Manager::create(const ManagerOptions& options) {
+  auto impl = std::make_unique<Impl>(options);
+  if (auto started = impl->start(); !started) return Failure(std::move(started).error());
+  return std::unique_ptr<Manager>(new Manager(std::move(impl)));
+}
+
+Result<void> Manager::add_image(const std::string& name, const std::string& path) {
+  return impl_->images().add(name, path);
+}
+Result<void> Manager::add_image_directory(const std::string& directory) {
+  return impl_->images().add_directory(directory);
+}
+Result<void> Manager::listen_firecracker(const std::string& socket, const std::string& image) {
+  return impl_->listen(control::ListenKind::firecracker, socket, image);
+}
+Result<void> Manager::listen_native(const std::string& socket) {
+  return impl_->listen(control::ListenKind::native, socket, "");
+}
+Result<void> Manager::listen_control(const std::string& socket) {
+  return impl_->listen_control(socket);
+}
+std::string Manager::listening() const {
+  return impl_->listening();
+}
+Result<void> Manager::stop_at_signals() {
+  return impl_->stop_at_signals();
+}
+void Manager::on_ending(std::function<void()> tell) {
+  impl_->on_ending(std::move(tell));
+}
+bool Manager::run() {
+  return impl_->run();
+}
+void Manager::stop() {
+  impl_->stop();
+}
+
+}  // namespace uffdkit

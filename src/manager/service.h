@@ -1,0 +1,93 @@
+// What connections ask of the manager, and what it tells them.
+#pragma once
+
+#include <uffdkit/error.h>
+#include <uffdkit/uffd.h>
+#include <uffdkit/unique_fd.h>
+#include <uffdkit/units.h>
+
+#include <functional>
+#include <memory>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+#include "wire/attach_request.h"
+#include "wire/control.h"
+#include "wire/unix_socket.h"
+
+namespace uffdkit {
+
+// Something that is connected to the manager. Owned by it; lives until it asks to be closed, or the manager
+// ends.
+class Connection {
+ public:
+  virtual ~Connection() = default;
+  // Its descriptor can be read or written.
+  virtual void ready() = 0;
+  // Whether its peer is made to wait for an answer.
+  virtual bool is_waiting() const { return false; }
+  // The session that it attached or resumed has ended.
+  virtual void session_ended(SessionEnd) {}
+  // A detach that it asked for was given up: the session goes on.
+  virtual void detach_failed(const Error&) {}
+};
+
+// What a new session is made of.
+struct NewSession {
+  AttachRequest request;
+  UniqueFd uffd;  // as received: nothing is known of it
+  const Peer* peer;
+  bool keeps_descriptor;  // the client itself holds the userfaultfd, and will look for a successor of this
+                          // manager
+  Sharing sharing{};      // of all its regions
+};
+
+struct AttachedSession {
+  SessionId id;
+  ByteCount image_size;
+  std::uint32_t regions;
+  UniqueFd state_file;               // open for reading only
+  std::shared_ptr<StoreLane> image;  // null for none
+};
+
+// A call with `connection` among its arguments that takes a function answers by it later, on the manager's
+// thread and never from within the call, unless `connection` is closed by then: opening files may block, and
+// is done elsewhere.
+class ConnectionService {
+ public:
+  using Attached = std::function<void(Result<AttachedSession>)>;
+  using ImageOpened = std::function<void(Result<std::shared_ptr<StoreLane>>)>;
+
+  virtual ~ConnectionService() = default;
+
+  // Checks everything and has it served. Errors say what is wrong with the request.
+  virtual Result<AttachedSession> attach(NewSession session, std::shared_ptr<StoreLane> image,
+                                         Connection* connection) = 0;
+  // Goes on with a session of this manager or of another, which is known by its state file. EBUSY: a living
+  // connection has it.
+  virtual void resume(UniqueFd uffd, UniqueFd state_file, const Peer& peer, Connection* connection,
+                      Attached attached) = 0;
+  virtual void open_image(const std::string& name, Connection* connection, ImageOpened opened) = 0;
+  virtual Result<std::shared_ptr<SharedImage>> share_memory(const std::shared_ptr<StoreLane>& image) = 0;
+  virtual Engine& engine() = 0;
+  // Has `done` called on the manager's thread with what it is given on any other, unless `connection` is
+  // closed by then.
+  virtual Engine::Done on_loop(Connection* connection, Engine::Done done) = 0;
+
+  virtual nlohmann::json status() = 0;
+  virtual nlohmann::json listeners() = 0;
+  // The socket is added even if `connection` is closed meanwhile.
+  virtual void add_listener(const control::ListenAdd& request, Connection* connection, Engine::Done done) = 0;
+  virtual Result<void> remove_listener(const std::string& socket) = 0;
+
+  // A client was refused; logged and counted.
+  virtual void refused(const std::string& who, const Error& error) = 0;
+  // What the connection's descriptor waits for.
+  virtual void want(Connection& connection, int fd, bool read, bool write) = 0;
+  // Ends the connection soon, from its own calls too; `fd` is closed by it.
+  virtual void close(Connection& connection, int fd) = 0;
+};
+
+}  // namespace uffdkit

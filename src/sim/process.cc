@@ -1,0 +1,103 @@
+#include <algorithm>
+#include <cerrno>
+
+#include "base/check.h"
+#include "sim/machine.h"
+
+namespace uffdkit::sim {
+
+ProcessImpl::ProcessImpl(Machine& machine, Credentials who, std::shared_ptr<DescriptorTable> descriptors,
+                         std::shared_ptr<AddressSpace> space)
+    : machine_(machine),
+      pid_(machine.next_id()),
+      who_(std::move(who)),
+      descriptors_(std::move(descriptors)),
+      space_(std::move(space)),
+      calls_(make_system_calls(*this)) {}
+
+ProcessImpl::~ProcessImpl() = default;
+
+Caller ProcessImpl::caller() {
+  return {.who = who_, .options = machine_.options, .space = space_, .descriptors = *descriptors_};
+}
+
+Thread& ProcessImpl::spawn_thread() {
+  CHECK(alive_);
+  // The first thread of a process has its number.
+  const int tid = threads_.empty() ? pid_ : machine_.next_id();
+  threads_.push_back(std::make_unique<ThreadImpl>(*this, tid));
+  return *threads_.back();
+}
+
+std::vector<Thread*> ProcessImpl::threads() {
+  std::vector<Thread*> all;
+  for (const auto& thread : threads_) all.push_back(thread.get());
+  return all;
+}
+
+Result<Address> ProcessImpl::map(const MapRequest& request) {
+  CHECK(alive_);
+  const std::int64_t address = map_area(machine_, *space_, request);
+  if (address < 0) return Failure(Error::from_errno("map simulated memory", static_cast<int>(-address)));
+  return Address(static_cast<std::uint64_t>(address));
+}
+
+const Pte* ProcessImpl::entry(Address address) const {
+  const Area* area = space_->find(address.value);
+  return area == nullptr ? nullptr : space_->entry(address.value / area->page() * area->page());
+}
+
+std::optional<std::byte> ProcessImpl::peek(Address address) const {
+  const Pte* pte = entry(address);
+  if (pte == nullptr || !pte->present()) return std::nullopt;
+  if (pte->zero) return std::byte{};
+  return pte->frame->bytes[address.value % pte->frame->bytes.size()];
+}
+
+bool ProcessImpl::present(Address address) const {
+  const Pte* pte = entry(address);
+  return pte != nullptr && pte->present();
+}
+
+bool ProcessImpl::write_protected(Address address) const {
+  const Pte* pte = entry(address);
+  return pte != nullptr && pte->wp;
+}
+
+int ProcessImpl::pass_descriptor(int fd, Process& to) {
+  FilePtr file = descriptors_->file(fd);
+  if (!file) return -EBADF;
+  return static_cast<ProcessImpl&>(to).descriptors_->install(std::move(file), descriptors_->flags(fd));
+}
+
+Process& ProcessImpl::clone_with_files() {
+  return machine_.new_process(who_, descriptors_, machine_.new_space());
+}
+
+void ProcessImpl::end_threads() {
+  for (const auto& thread : threads_) thread->end();
+}
+
+void ProcessImpl::kill() {
+  if (!alive_) return;
+  alive_ = false;
+  end_threads();
+  space_->alive = false;
+  space_->remove(0, UINT64_MAX);
+  // Descriptors that another process shares stay open.
+  descriptors_ = std::make_shared<DescriptorTable>(0);
+}
+
+// Source: execve(2), "Effect on process attributes".
+void ProcessImpl::exec() {
+  CHECK(alive_);
+  end_threads();
+  threads_.clear();
+  space_->alive = false;
+  space_->remove(0, UINT64_MAX);
+  space_ = machine_.new_space();
+  descriptors_ = std::make_shared<DescriptorTable>(*descriptors_);
+  descriptors_->close_on_exec();
+}
+
+}  // namespace uffdkit::sim

@@ -1,0 +1,166 @@
+// A raw file as a store. Data that is in the page cache is read without blocking; what is not is left to a
+// thread that may block.
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <uffdkit/store.h>
+#include <uffdkit/unique_fd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <vector>
+
+namespace uffdkit {
+namespace {
+
+// The holes of a file, found once when it is opened. A file may have more holes than anybody wants to keep:
+// what lies beyond the limit counts as data, and is read and found to be zero.
+class HoleMap {
+ public:
+  static constexpr std::size_t kHolesMax = 1u << 20;  // 16 MiB of map
+
+  static HoleMap of(int fd, std::uint64_t file_bytes, std::uint64_t store_bytes) {
+    HoleMap map;
+    // The position is shared with whoever gave the descriptor.
+    const off_t before = ::lseek(fd, 0, SEEK_CUR);
+    map.find(fd, file_bytes, store_bytes);
+    (void)::lseek(fd, before, SEEK_SET);
+    return map;
+  }
+
+  Extent at(std::uint64_t from, std::uint64_t store_bytes) const {
+    const auto next =
+        std::upper_bound(holes_.begin(), holes_.end(), from,
+                         [](std::uint64_t position, const Hole& hole) { return position < hole.end; });
+    if (next == holes_.end()) return {.zero = false, .end = StoreOffset(store_bytes)};
+    if (next->start <= from) return {.zero = true, .end = StoreOffset(next->end)};
+    return {.zero = false, .end = StoreOffset(next->start)};
+  }
+
+ private:
+  struct Hole {
+    std::uint64_t start;
+    std::uint64_t end;
+  };
+
+  void find(int fd, std::uint64_t file_bytes, std::uint64_t store_bytes) {
+    std::uint64_t position = 0;
+    while (position < file_bytes && holes_.size() < kHolesMax) {
+      const off_t data = ::lseek(fd, static_cast<off_t>(position), SEEK_DATA);
+      // ENXIO: no data from here on. Any other error: the file system cannot tell, so all is data.
+      if (data < 0 && errno != ENXIO) return;
+      const std::uint64_t hole_end = data < 0 ? store_bytes : static_cast<std::uint64_t>(data);
+      add(position, hole_end);
+      if (data < 0) return;
+      const off_t hole = ::lseek(fd, data, SEEK_HOLE);
+      if (hole < 0) return;
+      position = static_cast<std::uint64_t>(hole);
+    }
+  }
+
+  // Keeps the whole pages of a hole.
+  void add(std::uint64_t start, std::uint64_t end) {
+    start = kPage4K.round_down(start + 4095);
+    end = kPage4K.round_down(end);
+    if (start < end) holes_.push_back({start, end});
+  }
+
+  std::vector<Hole> holes_;
+};
+
+class FileStore final : public Store {
+ public:
+  FileStore(UniqueFd fd, std::string name, std::uint64_t file_bytes)
+      : fd_(std::move(fd)),
+        name_(std::move(name)),
+        file_bytes_(file_bytes),
+        store_bytes_(kPage4K.round_down(file_bytes + 4095)),
+        holes_(HoleMap::of(fd_.get(), file_bytes_, store_bytes_)) {}
+
+  ByteCount size() const noexcept override { return ByteCount(store_bytes_); }
+  std::string name() const override { return name_; }
+  Extent extent_at(StoreOffset from) const noexcept override { return holes_.at(from.value, store_bytes_); }
+
+  Result<ReadStatus> read(StoreOffset from, std::span<std::byte> to, Wait wait) noexcept override {
+    const std::uint64_t in_file = file_bytes_ > from.value ? file_bytes_ - from.value : 0;
+    const std::size_t wanted = std::min<std::uint64_t>(to.size(), in_file);
+    std::memset(to.data() + wanted, 0, to.size() - wanted);
+    return wait == Wait::no ? read_cached(from, to.first(wanted)) : read_all(from, to.first(wanted));
+  }
+
+ private:
+  Result<ReadStatus> read_cached(StoreOffset from, std::span<std::byte> to) noexcept {
+    if (to.empty()) return ReadStatus::done;
+    if (!reads_without_waiting_.load(std::memory_order_relaxed)) return ReadStatus::would_block;
+    const iovec vector{.iov_base = to.data(), .iov_len = to.size()};
+    const ssize_t bytes = ::preadv2(fd_.get(), &vector, 1, static_cast<off_t>(from.value), RWF_NOWAIT);
+    if (bytes == static_cast<ssize_t>(to.size())) return ReadStatus::done;
+    if (bytes < 0 && (errno == EOPNOTSUPP || errno == ENOSYS || errno == EINVAL))
+      reads_without_waiting_.store(false, std::memory_order_relaxed);
+    // Part of it is not cached, or something is wrong: whoever may wait will find out which.
+    return ReadStatus::would_block;
+  }
+
+  Result<ReadStatus> read_all(StoreOffset from, std::span<std::byte> to) noexcept {
+    std::size_t done = 0;
+    while (done < to.size()) {
+      const ssize_t bytes =
+          ::pread(fd_.get(), to.data() + done, to.size() - done, static_cast<off_t>(from.value + done));
+      if (bytes < 0 && errno == EINTR) continue;
+      if (bytes < 0)
+        return Failure(
+            Error::from_errno(fmt::format("read {} at offset {}", name_, from.value + done), errno));
+      if (bytes == 0)
+        return Failure(
+            Error(fmt::format("read {} at offset {}: the file ends here, but had {} bytes when it was opened",
+                              name_, from.value + done, file_bytes_),
+                  EIO));
+      done += static_cast<std::size_t>(bytes);
+    }
+    return ReadStatus::done;
+  }
+
+  const UniqueFd fd_;
+  const std::string name_;
+  const std::uint64_t file_bytes_;
+  const std::uint64_t store_bytes_;
+  const HoleMap holes_;
+  // Cleared for good where the file system refuses RWF_NOWAIT.
+  std::atomic<bool> reads_without_waiting_{true};
+};
+
+Result<std::shared_ptr<Store>> make_file_store(UniqueFd fd, const std::string& name) {
+  if ((::fcntl(fd.get(), F_GETFL) & O_ACCMODE) == O_WRONLY)
+    return Failure(Error(name + " is open for writing only", EBADF).with_remedy("open it for reading"));
+  struct stat status;
+  if (::fstat(fd.get(), &status) < 0) return Failure(Error::from_errno("stat " + name, errno));
+  if (!S_ISREG(status.st_mode))
+    return Failure(Error(name + " is not a regular file", EINVAL)
+                       .with_remedy("give the file that holds the memory image"));
+  if (status.st_size == 0)
+    return Failure(
+        Error(name + " is empty", EINVAL).with_remedy("give the file that holds the memory image"));
+  return std::make_shared<FileStore>(std::move(fd), name, static_cast<std::uint64_t>(status.st_size));
+}
+
+}  // namespace
+
+Result<std::shared_ptr<Store>> open_file_store(const std::string& path) {
+  // Non-blocking, so that opening a FIFO by mistake does not wait for its other end; no effect on regular
+  // files.
+  UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (!fd) return Failure(Error::from_errno("open " + path, errno));
+  return make_file_store(std::move(fd), path);
+}
+
+Result<std::shared_ptr<Store>> open_file_store(int fd, const std::string& name) {
+  UniqueFd own(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
+  if (!own) return Failure(Error::from_errno("duplicate the descriptor of " + name, errno));
+  return make_file_store(std::move(own), name);
+}
+
+}  // namespace uffdkit

@@ -1,0 +1,47 @@
+#include "tool/control_client.h"
+
+#include <fmt/format.h>
+#include <poll.h>
+
+#include <array>
+#include <cerrno>
+#include <chrono>
+
+#include "wire/unix_socket.h"
+
+namespace uffdkit::tool {
+namespace {
+
+constexpr std::chrono::milliseconds kAnswerLimit{10'000};
+
+}  // namespace
+
+Result<nlohmann::json> ask_manager(const std::string& socket, const control::Request& request) {
+  Result<UniqueFd> connection = connect_unix(socket, kAnswerLimit);
+  if (!connection)
+    return Failure(std::move(connection)
+                       .error()
+                       .with_remedy("start the manager with --control " + socket +
+                                    ", or name its control socket with --control"));
+  const std::string line = control::encode_request(request);
+  if (auto sent = send_all(connection->get(), std::as_bytes(std::span(line)), {}, kAnswerLimit); !sent)
+    return Failure(std::move(sent).error());
+
+  control::LineReader reader(control::kAnswerBytesMax);
+  std::array<std::byte, 65'536> buffer;
+  while (true) {
+    pollfd entry{.fd = connection->get(), .events = POLLIN, .revents = 0};
+    if (::poll(&entry, 1, static_cast<int>(kAnswerLimit.count())) == 0)
+      return Failure(Error(fmt::format("the manager at {} does not answer", socket), ETIMEDOUT));
+    Result<Piece> piece = receive_some(connection->get(), buffer);
+    if (!piece) return Failure(std::move(piece).error());
+    const bool end = piece->end;
+    const Result<std::vector<std::string>> lines = reader.feed(std::move(*piece));
+    if (!lines) return Failure(lines.error());
+    if (!lines->empty()) return control::decode_answer(lines->front());
+    if (end)
+      return Failure(Error(fmt::format("the manager at {} closed the connection", socket), ECONNRESET));
+  }
+}
+
+}  // namespace uffdkit::tool

@@ -1,0 +1,152 @@
+// uffdkit serve: the manager.
+#include <fmt/format.h>
+#include <signal.h>
+#include <systemd/sd-daemon.h>
+#include <uffdkit/error.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "manager/manager.h"
+#include "tool/command.h"
+
+namespace uffdkit::tool {
+namespace {
+
+// A year: what can be counted in nanoseconds.
+constexpr double kSecondsMax = 31'536'000;
+
+struct Options {
+  std::vector<std::string> firecracker;  // SOCKET=IMAGE
+  std::vector<std::string> listen;
+  std::vector<std::string> images;  // NAME=FILE
+  std::vector<std::string> image_directories;
+  std::string control;
+  unsigned workers = 0;
+  std::uint64_t fault_around = 16;
+  std::uint64_t shared_fault_around = 64;
+  std::int64_t spin_us = 0;
+  double handshake_seconds = 5;
+  double drain_seconds = 60;
+};
+
+// The two sides of the first "=" of a text that is_pair() accepts.
+std::pair<std::string, std::string> split(const std::string& text) {
+  const std::size_t equals = text.find('=');
+  return {text.substr(0, equals), text.substr(equals + 1)};
+}
+
+// Accepts texts of two sides around "=", which `form` shows: SOCKET=IMAGE.
+CLI::Validator is_pair(const std::string& form) {
+  const auto check = [form](const std::string& text) {
+    const std::size_t equals = text.find('=');
+    const bool good = equals != std::string::npos && equals != 0 && equals + 1 != text.size();
+    return good ? std::string() : text + " is not of the form " + form;
+  };
+  return CLI::Validator(check, form, form);
+}
+
+Result<void> open_everything(Manager& manager, const Options& options) {
+  for (const std::string& text : options.images) {
+    const auto [name, path] = split(text);
+    if (auto added = manager.add_image(name, path); !added) return added;
+  }
+  for (const std::string& directory : options.image_directories)
+    if (auto added = manager.add_image_directory(directory); !added) return added;
+  for (const std::string& text : options.firecracker) {
+    const auto [socket, image] = split(text);
+    if (auto listening = manager.listen_firecracker(socket, image); !listening) return listening;
+  }
+  for (const std::string& socket : options.listen)
+    if (auto listening = manager.listen_native(socket); !listening) return listening;
+  if (!options.control.empty()) return manager.listen_control(options.control);
+  return {};
+}
+
+int run(const Options& options) {
+  sigset_t signals;
+  ::sigemptyset(&signals);
+  ::sigaddset(&signals, SIGTERM);
+  ::sigaddset(&signals, SIGINT);
+  ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  ::signal(SIGPIPE, SIG_IGN);
+  raise_descriptor_limit();
+
+  Result<std::unique_ptr<Manager>> manager =
+      Manager::create({.workers = options.workers,
+                       .fault_around = PageCount(options.fault_around),
+                       .shared_fault_around = PageCount(options.shared_fault_around),
+                       .spin_ns = options.spin_us * 1000,
+                       .handshake_ms = static_cast<std::int64_t>(options.handshake_seconds * 1000),
+                       .drain_ms = static_cast<std::int64_t>(options.drain_seconds * 1000)});
+  if (!manager) return report(manager.error());
+  if (auto opened = open_everything(**manager, options); !opened) return report(opened.error());
+  if (auto signalled = (*manager)->stop_at_signals(); !signalled) return report(signalled.error());
+
+  fmt::print("uffdkit: ready{}\n", (*manager)->listening());
+  std::fflush(stdout);
+  ::sd_notify(0, "READY=1");
+  (*manager)->on_ending([] { ::sd_notify(0, "STOPPING=1"); });
+  const bool good = (*manager)->run();
+  return good ? kExitDone : kExitFailed;
+}
+
+}  // namespace
+
+void add_serve(CLI::App& app, int& exit_code) {
+  CLI::App* command =
+      app.add_subcommand("serve", "Serve the page faults of other processes from memory images");
+  const auto options = std::make_shared<Options>();
+  command
+      ->add_option(
+          "--firecracker", options->firecracker,
+          "SOCKET=IMAGE: clients that connect to SOCKET and hand over as Firecracker does are served from "
+          "the raw memory file IMAGE; repeatable")
+      ->check(is_pair("SOCKET=IMAGE"));
+  command->add_option("--listen", options->listen,
+                      "SOCKET for clients of uffdkit's own protocol; repeatable");
+  command
+      ->add_option("--image", options->images,
+                   "NAME=FILE: an image that these clients may ask for; repeatable")
+      ->check(is_pair("NAME=FILE"));
+  command->add_option("--images", options->image_directories,
+                      "DIRECTORY: likewise every file below it, by its path there; repeatable");
+  command->add_option("--control", options->control, "SOCKET for 'uffdkit status' and 'uffdkit listen'");
+  add_fault_around_option(*command, "--fault-around", options->fault_around, kFaultAroundHelp);
+  add_fault_around_option(*command, "--shared-fault-around", options->shared_fault_around,
+                          "The same where clients share the image");
+  add_workers_option(*command, options->workers);
+  command
+      ->add_option("--spin-us", options->spin_us,
+                   "How long a worker that has just served a fault looks for the next one before it sleeps")
+      ->check(CLI::Range(0, 10'000))
+      ->capture_default_str();
+  command
+      ->add_option("--handshake-seconds", options->handshake_seconds,
+                   "How long a client may take to say what it wants")
+      ->check(CLI::Range(0.001, kSecondsMax))
+      ->capture_default_str();
+  command
+      ->add_option(
+          "--drain-seconds", options->drain_seconds,
+          "At the end: how long to complete the memory of Firecracker clients; those that are not complete "
+          "then are killed")
+      ->check(CLI::Range(0.0, kSecondsMax))
+      ->capture_default_str();
+  command->footer(
+      "Ends at SIGTERM or SIGINT, after completing the memory of its Firecracker clients; at a second one, "
+      "at once.\n"
+      "Exit codes: 0 every client came to a good end; 1 it could not start, or killed clients at its end; 2 "
+      "usage.");
+  command->callback([options, &exit_code] {
+    if (options->firecracker.empty() && options->listen.empty() && options->control.empty())
+      throw CLI::ValidationError("serve", "nothing to do: give --firecracker, --listen or --control");
+    exit_code = run(*options);
+  });
+}
+
+}  // namespace uffdkit::tool

@@ -1,0 +1,79 @@
+// uffdkit status: what a manager is doing.
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <cstdio>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "tool/command.h"
+#include "tool/control_client.h"
+
+namespace uffdkit::tool {
+namespace {
+
+std::string bytes_text(std::uint64_t bytes) {
+  constexpr std::uint64_t kGiB = 1u << 30;
+  constexpr std::uint64_t kMiB = 1u << 20;
+  if (bytes >= kGiB) return fmt::format("{:.1f} GiB", static_cast<double>(bytes) / static_cast<double>(kGiB));
+  return fmt::format("{:.1f} MiB", static_cast<double>(bytes) / static_cast<double>(kMiB));
+}
+
+std::uint64_t number(const nlohmann::json& object, const char* key) {
+  return object.value(key, std::uint64_t{0});
+}
+
+void print(const nlohmann::json& status) {
+  fmt::print("manager pid {}, up {} s{}\n", number(status, "pid"), number(status, "uptime_ms") / 1000,
+             status.value("ending", false) ? ", ending" : "");
+  for (const auto& listener : status.at("listeners"))
+    fmt::print("listens {} {}{}\n", listener.value("kind", ""), listener.value("socket", ""),
+               listener.contains("image") ? " image " + listener.value("image", "") : "");
+  const auto& sessions = status.at("sessions");
+  const std::uint64_t left_out = number(status, "sessions_left_out");
+  fmt::print("sessions {}, ended {}, clients refused {}\n", sessions.size() + left_out,
+             number(status, "sessions_ended"), number(status, "clients_refused"));
+  for (const auto& image : status.at("shared_images"))
+    fmt::print("shares {} of {} of {}\n", bytes_text(number(image, "filled_pages") * 4096),
+               bytes_text(number(image, "bytes")), image.value("image", ""));
+  if (sessions.empty()) return;
+  fmt::print("\n{:>6} {:>8} {:12} {:>10} {:>9} {:>9} {:>9} {:>9} {:>9} {:>7} {:>7} {:>10}  {}\n", "id", "pid",
+             "kind", "memory", "faults", "copied", "shared", "zero", "removed", "failed", "pending", "oldest",
+             "image");
+  for (const auto& session : sessions)
+    fmt::print("{:>6} {:>8} {:12} {:>10} {:>9} {:>9} {:>9} {:>9} {:>9} {:>7} {:>7} {:>7} us  {}\n",
+               number(session, "id"), number(session, "pid"), session.value("kind", ""),
+               bytes_text(number(session, "memory_bytes")), number(session, "faults"),
+               number(session, "pages_copied"), number(session, "pages_shared"),
+               number(session, "pages_zeroed"), number(session, "pages_removed"),
+               number(session, "pages_poisoned"), number(session, "pending"),
+               number(session, "oldest_pending_us"), session.value("image", ""));
+  if (left_out != 0) fmt::print("{} more sessions are not listed\n", left_out);
+}
+
+}  // namespace
+
+void add_status(CLI::App& app, int& exit_code) {
+  CLI::App* command = app.add_subcommand("status", "Show a manager's sessions and what they were served");
+  struct Options {
+    std::string control = default_control_socket();
+    bool json = false;
+  };
+  const auto options = std::make_shared<Options>();
+  command->add_option("--control", options->control, "The manager's control socket")->capture_default_str();
+  command->add_flag("--json", options->json, "Print all of it as JSON");
+  command->callback([options, &exit_code] {
+    const Result<nlohmann::json> status = ask_manager(options->control, control::Status{});
+    if (!status) {
+      exit_code = report(status.error());
+    } else if (options->json) {
+      fmt::print("{}\n", status->dump(2));
+    } else {
+      print(*status);
+    }
+  });
+}
+
+}  // namespace uffdkit::tool

@@ -1,0 +1,112 @@
+// Pages that cannot be read answer with SIGBUS, are reported, and harm nobody else.
+#include <setjmp.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include "daemon/fixture.h"
+
+namespace uffdkit::test {
+namespace {
+
+sigjmp_buf after_fault;
+
+// Whether touching the page raises SIGBUS. One thread at a time.
+bool raises_sigbus(const ClientMemory& memory, std::size_t page) {
+  struct sigaction action = {};
+  struct sigaction before = {};
+  action.sa_handler = [](int) { siglongjmp(after_fault, 1); };
+  sigaction(SIGBUS, &action, &before);
+  volatile bool raised = true;  // read after the jump
+  if (sigsetjmp(after_fault, 1) == 0) {
+    (void)*static_cast<volatile std::byte*>(memory.bytes(page).data());
+    raised = false;
+  }
+  sigaction(SIGBUS, &before, nullptr);
+  return raised;
+}
+
+class Errors : public ManagerTest {
+ protected:
+  void SetUp() override {
+    ManagerTest::SetUp();
+    const Result<KernelFeatures> kernel = probe_features();
+    if (kernel && !kernel->available.has(Features(abi::kFeaturePoison)))
+      GTEST_SKIP() << "needs a kernel that can poison pages (6.6)";
+  }
+
+  const Image image_{directory_ / "image", 256};
+  const std::string socket_ = directory_ / "fc.sock";
+  ManagerProcess manager_{directory_, firecracker(socket_, image_)};
+};
+
+TEST_F(Errors, PagesThatAnImageHasLostRaiseSigbusAndTheOthersAreServed) {
+  Child process = client(image_, whole(image_), socket_, [&](const ClientMemory& memory, const Channel&) {
+    for (std::size_t page = 96; page < 120; ++page) memory.check(page);
+    image_.cut(100);
+    for (std::size_t page = 0; page < 256; ++page) {
+      // Where the image was a hole nothing had to be read; and what came with a neighbour stays.
+      const bool came = page < 100 || (page < 128 && page / 16 * 16 <= 119);
+      if (came || Image::is_hole(page)) {
+        memory.check(page);
+      } else {
+        require(raises_sigbus(memory, page), "page " + std::to_string(page) + " can be read");
+        require(raises_sigbus(memory, page), "page " + std::to_string(page) + " can be read again");
+      }
+    }
+  });
+  EXPECT_EQ(process.wait(), 0) << manager_.log();
+}
+
+TEST_F(Errors, APageErrorIsLoggedWithImageAndOffsetAndCounted) {
+  Child process =
+      client(image_, whole(image_), socket_, [&](const ClientMemory& memory, const Channel& channel) {
+        memory.check(0);
+        image_.cut(100);
+        require(raises_sigbus(memory, 160), "page 160 can be read");
+        channel.send(1);
+        channel.receive();
+        memory.check(50);
+      });
+  process.channel().receive();
+  EXPECT_TRUE(eventually([&] { return manager_.logged("read " + image_.path() + " at offset 655360"); }))
+      << manager_.log();
+  EXPECT_TRUE(eventually([&] { return manager_.total("pages_poisoned") == 1; })) << manager_.status();
+  EXPECT_EQ(manager_.total("read_errors"), 1u);
+  process.channel().send(1);
+  EXPECT_EQ(process.wait(), 0);
+}
+
+TEST_F(Errors, AnErrorOfOneImageDoesNotReachTheClientsOfAnother) {
+  const TempDir directory;
+  const Image other(directory / "other", 256, 9);
+  const std::string a = directory / "a.sock";
+  const std::string b = directory / "b.sock";
+  ManagerProcess manager(directory,
+                         {"--firecracker", a + "=" + image_.path(), "--firecracker", b + "=" + other.path()});
+  Child failing = client(image_, whole(image_), a, [&](const ClientMemory& memory, const Channel& channel) {
+    memory.check(0);
+    image_.cut(1);
+    require(raises_sigbus(memory, 16), "page 16 can be read");
+    channel.send(1);
+    channel.receive();
+  });
+  failing.channel().receive();
+  Child fine = client(other, whole(other), b,
+                      [](const ClientMemory& memory, const Channel&) { memory.check_all(2, 1); });
+  EXPECT_EQ(fine.wait(), 0);
+}
+
+TEST_F(Errors, ASystemCallOnALostPageFailsAndTheClientLivesOn) {
+  Child process = client(image_, whole(image_), socket_, [&](const ClientMemory& memory, const Channel&) {
+    memory.check(0);
+    image_.cut(16);
+    int ends[2];
+    require(pipe(ends) == 0, "pipe");
+    require(write(ends[1], memory.bytes(33).data(), 4096) == -1, "a lost page was written");
+    require(write(ends[1], memory.bytes(7).data(), 4096) == 4096, "another page was not written");
+  });
+  EXPECT_EQ(process.wait(), 0) << manager_.log();
+}
+
+}  // namespace
+}  // namespace uffdkit::test

@@ -1,0 +1,189 @@
+#!/usr/bin/env python3
+"""Checks the documents against the project.
+
+    docs_test.py SOURCE_DIR UFFDKIT     checks the project, with its built command
+    docs_test.py --self-test            checks this program on made-up documents
+
+Every subcommand has a man page that names all of its options; every relative link in a Markdown file leads to
+a file; every path that README.md names in backticks, and every "./command" in its code blocks, is in the
+repository; every test that a Markdown file names in backticks, as Suite.Name, is a test.
+"""
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import unittest
+
+FENCED = re.compile(r"^( *)(```|~~~).*?^ *\2[ \t]*$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\[[^\]]*\]\(\s*<?([^)\s>]+)")
+LINK_DEFINITION = re.compile(r"^\[[^\]]+\]:\s*<?([^\s>]+)", re.MULTILINE)
+ELSEWHERE = re.compile(r"^[a-z][a-z0-9+.-]*:|^#")
+TEST_NAME = re.compile(r"^[A-Z]\w+\.[A-Z]\w{9,}$")
+TEST = re.compile(r"^TEST(?:_F|_P)?\(\s*(\w+),\s*(\w+)\s*\)", re.MULTILINE)
+PATH = re.compile(r"^(?:\./)?[\w.+-]+(?:/[\w.+-]+)*/?$")
+COMMAND = re.compile(r"(?<![\w./])\./[\w./+-]+")
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+
+
+def is_ignored(path, root):
+    return path.relative_to(root).parts[0] in {"build", ".git", ".cache"}
+
+
+def markdown_files(root):
+    return sorted(p for p in root.rglob("*.md") if not is_ignored(p, root))
+
+
+def broken_links(path):
+    text = FENCED.sub("", path.read_text())
+    text = CODE.sub("", text)
+    for target in LINK.findall(text) + LINK_DEFINITION.findall(text):
+        if not ELSEWHERE.match(target) and not (path.parent / target.partition("#")[0]).exists():
+            yield f"{path.name}: the link to {target} leads nowhere"
+
+
+def missing_paths(readme, root):
+    text = readme.read_text()
+    words = {code.split()[0] for code in CODE.findall(FENCED.sub("", text)) if code.strip()}
+    named = {word for word in words if "/" in word and PATH.match(word)}
+    for block in FENCED.finditer(text):
+        named |= set(COMMAND.findall(block[0]))
+    for name in sorted(named):
+        if not name.removeprefix("./").startswith("build/") and not (root / name).exists():
+            yield f"{readme.name}: {name} is not in the repository"
+
+
+def tests_of(root):
+    return {f"{suite}.{name}" for path in root.rglob("*.cc") for suite, name in TEST.findall(path.read_text())}
+
+
+def missing_tests(page, tests):
+    for name in CODE.findall(FENCED.sub("", page.read_text())):
+        if TEST_NAME.match(name) and name not in tests:
+            yield f"{page.name}: there is no test {name}"
+
+
+def help_sections(text):
+    """The options and the subcommands that a help text lists."""
+    section, options, subcommands = "", [], []
+    for line in text.splitlines():
+        heading = re.match(r"(\w[\w ]*):$|\[(Option Group): .*\]$", line)
+        entry = re.match(r"  (\S+)", line)
+        if heading:
+            section = heading[1] or heading[2]
+        elif not line.strip():
+            section = ""
+        elif entry and section == "Subcommands":
+            subcommands.append(entry[1])
+        elif entry and section:
+            options += OPTION.findall(re.split(r"\s{2,}", line.strip())[0])
+    return [o for o in options if o != "--help"], subcommands
+
+
+def undocumented(man_dir, ask_help):
+    """`ask_help` gives the help text of a list of words, [] for the command's own."""
+    _, subcommands = help_sections(ask_help([]))
+    if not subcommands:
+        yield "uffdkit --help lists no subcommand"
+    for name in subcommands:
+        page = man_dir / f"uffdkit-{name}.1"
+        if not page.is_file():
+            yield f"uffdkit {name} has no man/{page.name}"
+            continue
+        documented = set(OPTION.findall(page.read_text().replace("\\", "")))
+        waiting = [[name]]
+        while waiting:
+            words = waiting.pop(0)
+            options, nested = help_sections(ask_help(words))
+            waiting += [words + [n] for n in nested]
+            for option in sorted(set(options) - documented):
+                yield f"man/{page.name} does not name {option} of uffdkit {' '.join(words)}"
+
+
+class SelfTest(unittest.TestCase):
+    HELP = {
+        (): "Usage\n\nOptions:\n  -h,--help  Print\n\nSubcommands:\n  listen   Change --this\n",
+        ("listen",): "Options:\n  --control PATH   Where; see --no-option\n\nSubcommands:\n  add  A\n",
+        ("listen", "add"): "[Option Group: output]\n  -j,--json   For programs\n",
+    }
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory(prefix="uffdkit-docs-")
+        self.addCleanup(folder.cleanup)
+        self.root = pathlib.Path(folder.name)
+
+    def write(self, name, text):
+        path = self.root / name
+        path.write_text(text)
+        return path
+
+    def undocumented(self):
+        return list(undocumented(self.root, lambda words: self.HELP[tuple(words)]))
+
+    def test_a_page_that_names_every_option_passes(self):
+        self.write("uffdkit-listen.1", ".B \\-\\-control\n.B --json\n")
+        self.assertEqual(self.undocumented(), [])
+
+    def test_a_subcommand_without_a_page_is_caught(self):
+        self.assertEqual(self.undocumented(), ["uffdkit listen has no man/uffdkit-listen.1"])
+
+    def test_an_option_that_its_page_does_not_name_is_caught(self):
+        self.write("uffdkit-listen.1", ".B \\-\\-control\n.B \\-\\-jsonl\n")
+        problem = "man/uffdkit-listen.1 does not name --json of uffdkit listen add"
+        self.assertEqual(self.undocumented(), [problem])
+
+    def test_a_link_to_nowhere_is_caught(self):
+        self.write("there.md", "")
+        sound = "[a](there.md#b) [b](https://x.y/z) `[c](c.md)` [d](#d)\n```\n[e](e.md)\n```\n"
+        page = self.write("a.md", sound + "[f](none.md)\n[g]: gone.md\n")
+        self.assertEqual(
+            list(broken_links(page)),
+            ["a.md: the link to none.md leads nowhere", "a.md: the link to gone.md leads nowhere"],
+        )
+
+    def test_a_test_that_is_not_there_is_caught(self):
+        self.write("a_test.cc", "TEST(Page, IsPresentWhenFilled) {\nTEST(Page,\n     IsWrapped0123) {\n")
+        page = self.write("a.md", "`Page.IsPresentWhenFilled` `Page.IsWrapped0123` `Page.IsLostSomewhere` `std.io`\n")
+        tests = tests_of(self.root)
+        self.assertEqual(list(missing_tests(page, tests)), ["a.md: there is no test Page.IsLostSomewhere"])
+
+    def test_a_path_that_is_not_there_is_caught(self):
+        self.write("there", "")
+        page = self.write(
+            "README.md",
+            "`./there` `./none --x` `docs/gone.md` `<uffdkit/x.h>` `/dev/kvm` `build/release/x` `serve`\n"
+            "```\n./there\n./lost -R x\nread/COPY\n```\n",
+        )
+        self.assertEqual(
+            list(missing_paths(page, self.root)),
+            [f"README.md: {name} is not in the repository" for name in ("./lost", "./none", "docs/gone.md")],
+        )
+
+
+def main(arguments):
+    if arguments == ["--self-test"]:
+        unittest.main(argv=["docs_test.py"])
+    if len(arguments) != 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    root, uffdkit = pathlib.Path(arguments[0]), arguments[1]
+
+    def ask_help(words):
+        return subprocess.run([uffdkit, *words, "--help"], check=True, capture_output=True, text=True).stdout
+
+    problems = list(undocumented(root / "man", ask_help))
+    tests = tests_of(root / "tests")
+    for page in markdown_files(root):
+        problems += broken_links(page)
+        problems += missing_tests(page, tests)
+    readme = root / "README.md"
+    if readme.is_file():
+        problems += missing_paths(readme, root)
+    for problem in problems:
+        print(problem)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

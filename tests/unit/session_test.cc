@@ -1,0 +1,884 @@
+// Sessions driven step by step, against a userfaultfd that does what the test says and a clock that the test
+// moves.
+#include "engine/session.h"
+
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <set>
+#include <vector>
+
+namespace uffdkit {
+namespace {
+
+constexpr std::uint64_t kPage = 4096;
+constexpr std::uint64_t kBase = 0x7000'0000'0000;
+constexpr std::uint64_t kPages = 4096;  // of the store
+constexpr std::int64_t kMillisecond = 1'000'000;
+
+AddressRange pages(std::uint64_t first, std::uint64_t count = 1) {
+  return {Address(kBase + first * kPage), ByteCount(count * kPage)};
+}
+
+// The first byte of a page of the store; never 0.
+std::byte tag_of(std::uint64_t store_page) {
+  return static_cast<std::byte>(store_page % 251 + 1);
+}
+
+// A userfaultfd and the memory behind it. It keeps the first byte of each page that is present.
+class FakeKernel final : public SystemCalls {
+ public:
+  struct Call {
+    unsigned long request;
+    AddressRange range;
+  };
+
+  std::map<std::uint64_t, std::byte> present;  // by page address
+  std::set<std::uint64_t> poisoned;
+  std::deque<abi::Msg> messages;
+  std::vector<Call> calls;
+  bool changing = false;
+  bool gone = false;
+  std::uint64_t boundary = 0;  // one mapping ends here, and another begins
+  std::function<int(const Call&)> refuse = [](auto&) { return 0; };  // an errno for a call
+  std::set<std::uint64_t> unmapped;                                  // page addresses
+
+  std::size_t count(unsigned long request) const {
+    return static_cast<std::size_t>(
+        std::count_if(calls.begin(), calls.end(), [&](const Call& call) { return call.request == request; }));
+  }
+  bool woke(AddressRange range) const {
+    return std::any_of(calls.begin(), calls.end(), [&](const Call& call) {
+      return call.request == abi::kIoctlWake && call.range.contains(range.start) &&
+             call.range.end() >= range.end();
+    });
+  }
+
+  void fault(AddressRange page, std::uint64_t flags = 0) {
+    abi::Msg message{};
+    message.event = abi::kEventPagefault;
+    message.arg.pagefault = {.flags = flags, .address = page.start.value, .ptid = 0};
+    messages.push_back(message);
+  }
+  void removed(AddressRange range, std::uint8_t event = abi::kEventRemove) {
+    abi::Msg message{};
+    message.event = event;
+    message.arg.remove = {.start = range.start.value, .end = range.end().value};
+    messages.push_back(message);
+    std::erase_if(present, [&](const auto& page) { return range.contains(Address(page.first)); });
+  }
+  void unmap(AddressRange range) { removed(range, abi::kEventUnmap); }
+  void moved(AddressRange from, Address to) {
+    abi::Msg message{};
+    message.event = abi::kEventRemap;
+    message.arg.remap = {.from = from.start.value, .to = to.value, .len = from.length.value};
+    messages.push_back(message);
+  }
+
+  int ioctl(int, unsigned long request, std::uintptr_t argument) override {
+    const auto* head = reinterpret_cast<const abi::RangeArgs*>(argument);
+    const bool copies = request == abi::kIoctlCopy;
+    const auto* copy = reinterpret_cast<const abi::CopyArgs*>(argument);
+    const Call call{request, {Address(head->start), ByteCount(copies ? copy->len : head->len)}};
+    const bool probe = call.range.start.value < kBase;
+    if (!probe) calls.push_back(call);
+    if (request == abi::kIoctlWake || request == abi::kIoctlRegister) return 0;
+    if (request == abi::kIoctlUnregister) return gone ? -ENOMEM : 0;
+    std::int64_t done = 0;
+    int error = changing ? EAGAIN : gone ? ESRCH : probe ? ENOENT : refuse(call);
+    if (error == 0 && boundary != 0 && call.range.contains(Address(boundary)) &&
+        call.range.start.value != boundary)
+      error = ENOENT;
+    if (error == 0 && request != abi::kIoctlWriteprotect)
+      error =
+          fill(request, call.range, copies ? reinterpret_cast<const std::byte*>(copy->src) : nullptr, done);
+    if (request != abi::kIoctlWriteprotect) {
+      std::int64_t& out = copies ? reinterpret_cast<abi::CopyArgs*>(argument)->done
+                                 : reinterpret_cast<abi::FillArgs*>(argument)->done;
+      if (done > 0) {
+        out = done;
+        return -EAGAIN;
+      }
+      out = -error;
+    }
+    return -error;
+  }
+  std::ptrdiff_t read(int, void* buffer, std::size_t bytes) override {
+    if (messages.empty()) return -EAGAIN;
+    const std::size_t count = std::min(bytes / sizeof(abi::Msg), messages.size());
+    for (std::size_t i = 0; i < count; ++i) {
+      std::memcpy(static_cast<abi::Msg*>(buffer) + i, &messages.front(), sizeof(abi::Msg));
+      messages.pop_front();
+    }
+    return static_cast<std::ptrdiff_t>(count * sizeof(abi::Msg));
+  }
+  int userfaultfd(int) override { return -ENOSYS; }
+  int open(const char*, int) override { return -ENOENT; }
+  int poll_readable(int, int) override { return 0; }
+  int get_flags(int) override { return 0; }
+  int duplicate(int) override { return -EMFILE; }
+  int close(int) override { return 0; }
+
+ private:
+  // The errno; `done` is set when it stops half-way.
+  int fill(unsigned long request, AddressRange range, const std::byte* from, std::int64_t& done) {
+    for (std::uint64_t at = 0; at < range.length.value; at += kPage) {
+      const std::uint64_t page = range.start.value + at;
+      const int error = unmapped.contains(page) ? ENOENT : present.contains(page) ? EEXIST : 0;
+      if (error != 0) {
+        done = static_cast<std::int64_t>(at);
+        return error;
+      }
+      if (request == abi::kIoctlPoison) {
+        poisoned.insert(page);
+      } else {
+        present[page] = from != nullptr ? from[at] : std::byte{0};
+      }
+    }
+    return 0;
+  }
+};
+
+class FakeStore final : public Store {
+ public:
+  explicit FakeStore(std::uint64_t size_pages = kPages) : size_(size_pages * kPage) {}
+  bool cached = true;
+  std::set<std::uint64_t> bad;                                 // pages that cannot be read
+  std::set<std::uint64_t> zeros;                               // pages full of zeros
+  std::set<std::uint64_t> holes;                               // likewise, and known to be
+  std::vector<std::pair<std::uint64_t, std::uint64_t>> reads;  // page, count
+
+  ByteCount size() const noexcept override { return ByteCount(size_); }
+  std::string name() const override { return "fake"; }
+  Extent extent_at(StoreOffset from) const noexcept override {
+    std::uint64_t page = from.value / kPage;
+    const bool zero = holes.contains(page);
+    while (page < size_ / kPage && holes.contains(page) == zero) ++page;
+    return {.zero = zero, .end = StoreOffset(page * kPage)};
+  }
+  Result<ReadStatus> read(StoreOffset from, std::span<std::byte> to, Wait wait) noexcept override {
+    const std::uint64_t first = from.value / kPage;
+    if (wait == Wait::no && !cached) return ReadStatus::would_block;
+    reads.emplace_back(first, to.size() / kPage);
+    for (std::size_t i = 0; i < to.size() / kPage; ++i) {
+      if (bad.contains(first + i)) return Failure(Error("bad page", EIO));
+      std::memset(to.data() + i * kPage,
+                  zeros.contains(first + i) || holes.contains(first + i)
+                      ? 0
+                      : std::to_integer<int>(tag_of(first + i)),
+                  kPage);
+    }
+    return ReadStatus::done;
+  }
+
+ private:
+  const std::uint64_t size_;
+};
+
+class FakeHost final : public SessionHost {
+ public:
+  std::int64_t now = 1'000 * kMillisecond;
+  std::deque<std::unique_ptr<Fetch>> fetches;
+  bool killable = true;  // its process is known
+  bool killed = false;
+  std::vector<std::string> failures;
+  std::vector<std::string> warnings;
+  std::vector<std::string> detach_failures;
+  std::vector<std::unique_ptr<ForkedSession>> children;
+
+  std::int64_t now_ns() override { return now; }
+  std::span<std::byte> scratch() override { return scratch_; }
+  void start_fetch(StoreLane&, std::unique_ptr<Fetch> fetch) override { fetches.push_back(std::move(fetch)); }
+  bool kill_client() override { return killed = killable; }
+  void forked(std::unique_ptr<ForkedSession> child) override { children.push_back(std::move(child)); }
+  void detach_failed(const Error& error) override { detach_failures.push_back(error.message()); }
+  void page_failed(const Error& error) override { failures.push_back(error.message()); }
+  void warn(const std::string& text) override { warnings.push_back(text); }
+
+ private:
+  std::vector<std::byte> scratch_ = std::vector<std::byte>(kFetchGranulesMax * kPage);
+};
+
+class SessionTest : public testing::Test {
+ protected:
+  // One region: pages 0 to 1023 show the store from its start.
+  explicit SessionTest(std::uint64_t around = 4)
+      : session_(Uffd::adopt(3, Features(), kernel_), SessionState::create("fake").value(), {},
+                 {.fault_around = PageCount(around)}, host_) {
+    add(pages(0, 1024));
+  }
+
+  void add(AddressRange memory, std::uint64_t store_page = 0) {
+    const auto added = session_.add_region(memory, StoreOffset(store_page * kPage), kPage4K, lane_);
+    ASSERT_TRUE(added) << added.error().message();
+  }
+  // Steps until there is nothing to do at once.
+  Session::Next settle() {
+    Session::Next next;
+    for (int steps = 0; steps < 10'000; ++steps)
+      if (next = session_.step(); !next.again) return next;
+    ADD_FAILURE() << "it never comes to rest";
+    return next;
+  }
+  // Reads the oldest fetch and gives it back.
+  void bring() {
+    ASSERT_FALSE(host_.fetches.empty());
+    auto fetch = std::move(host_.fetches.front());
+    host_.fetches.pop_front();
+    read_fetch(*fetch);
+    session_.fetched(std::move(fetch));
+  }
+  // Goes through time until the session wants nothing more.
+  void run_out(int times = 20'000) {
+    for (Session::Next next = settle(); next.wake_at_ns != 0 && !session_.end() && times > 0; --times) {
+      host_.now = std::max(host_.now, next.wake_at_ns);
+      next = settle();
+    }
+    EXPECT_GT(times, 0) << "it is never done";
+  }
+  std::optional<std::byte> at(std::uint64_t page) const {
+    const auto found = kernel_.present.find(pages(page).start.value);
+    return found == kernel_.present.end() ? std::nullopt : std::optional(found->second);
+  }
+  std::uint64_t counter(const std::atomic<std::uint64_t>& value) const { return value.load(); }
+  const SessionCounters& counters() const { return session_.counters(); }
+
+  FakeKernel kernel_;
+  FakeHost host_;
+  std::shared_ptr<FakeStore> store_ = std::make_shared<FakeStore>();
+  std::shared_ptr<StoreLane> lane_ = StoreLane::create(store_).value();
+  Session session_;
+};
+
+// ---- faults -----------------------------------------------------------------------------------------------
+
+TEST_F(SessionTest, AFaultBringsItsWindow) {
+  kernel_.fault(pages(6));
+  settle();
+  for (std::uint64_t page = 0; page < 12; ++page)
+    EXPECT_EQ(at(page), page >= 4 && page < 8 ? std::optional(tag_of(page)) : std::nullopt) << page;
+  EXPECT_EQ(kernel_.count(abi::kIoctlCopy), 1u);
+  EXPECT_EQ(counter(counters().faults), 1u);
+  EXPECT_EQ(counter(counters().pages_copied), 4u);
+  EXPECT_EQ(counter(counters().bytes_read), 4 * kPage);
+  EXPECT_EQ(counter(counters().pending), 0u);
+}
+
+TEST_F(SessionTest, ZeroPagesAreMappedNotCopied) {
+  store_->zeros = {4, 5, 7};
+  kernel_.fault(pages(6));
+  settle();
+  EXPECT_EQ(at(6), tag_of(6));
+  EXPECT_EQ(at(5), std::byte{0});
+  EXPECT_EQ(at(7), std::byte{0});
+  EXPECT_EQ(counter(counters().pages_zeroed), 3u);
+  EXPECT_EQ(counter(counters().pages_copied), 1u);
+}
+
+TEST_F(SessionTest, HolesAreNotRead) {
+  for (std::uint64_t page = 0; page < 6; ++page) store_->holes.insert(page);
+  kernel_.fault(pages(1));
+  settle();
+  EXPECT_EQ(at(1), std::byte{0});
+  EXPECT_TRUE(store_->reads.empty());
+  EXPECT_EQ(kernel_.count(abi::kIoctlCopy), 0u);
+}
+
+TEST_F(SessionTest, FaultsOfManyThreadsOnOnePageCostOneFetch) {
+  store_->cached = false;
+  for (int thread = 0; thread < 20; ++thread) kernel_.fault(pages(6));
+  settle();
+  for (int thread = 0; thread < 20; ++thread) kernel_.fault(pages(5));
+  settle();
+  ASSERT_EQ(host_.fetches.size(), 1u);
+  bring();
+  settle();
+  EXPECT_EQ(at(5), tag_of(5));
+  EXPECT_EQ(counter(counters().fetches), 1u);
+  EXPECT_EQ(counter(counters().faults), 40u);
+  EXPECT_EQ(counter(counters().faults_merged), 39u);
+  EXPECT_EQ(counter(counters().pending), 0u);
+}
+
+TEST_F(SessionTest, AThousandDuplicatesWaitAsOne) {
+  store_->cached = false;
+  for (int i = 0; i < 1000; ++i) {
+    kernel_.fault(pages(6));
+    if (i % 100 == 0) settle();
+  }
+  settle();
+  EXPECT_EQ(counter(counters().pending), 1u);
+  EXPECT_GT(counters().oldest_since_ns.load(), 0);
+}
+
+TEST_F(SessionTest, MoreFaultsThanAreKeptAreWokenLater) {
+  add(pages(2048, 2048), 0);
+  store_->cached = false;
+  for (std::uint64_t page = 2048; page < 4096; ++page) kernel_.fault(pages(page));
+  settle();
+  EXPECT_EQ(counter(counters().pending), 1024u);
+  EXPECT_FALSE(kernel_.woke(pages(4095)));
+  for (int i = 0; i < 10'000 && !host_.fetches.empty(); ++i) {
+    bring();
+    settle();
+  }
+  EXPECT_TRUE(kernel_.woke(pages(4095)));
+  EXPECT_EQ(counter(counters().pending), 0u);
+  for (std::uint64_t page = 0; page < 1024; ++page) ASSERT_TRUE(at(2048 + page)) << page;
+}
+
+TEST_F(SessionTest, AStoreThatIsStuckCostsNoProcessorTimeAndHoldsUpNoOther) {
+  store_->cached = false;
+  auto other = std::make_shared<FakeStore>();
+  ASSERT_TRUE(
+      session_.add_region(pages(5000, 64), StoreOffset(0), kPage4K, StoreLane::create(other).value()));
+  for (std::uint64_t page = 0; page < 1000; page += 4) kernel_.fault(pages(page));
+  const Session::Next stuck = settle();
+  EXPECT_FALSE(stuck.again);
+  EXPECT_EQ(stuck.wake_at_ns, 0);
+  kernel_.fault(pages(5001));
+  settle();
+  EXPECT_EQ(at(5001), tag_of(1));
+  other->cached = false;
+  const std::size_t before = host_.fetches.size();
+  kernel_.fault(pages(5040));
+  settle();
+  EXPECT_EQ(host_.fetches.size(), before + 1);
+  EXPECT_LE(before, 16u);
+}
+
+// ---- what the kernel answers ------------------------------------------------------------------------------
+
+TEST_F(SessionTest, APageThatTheKernelPutsOffIsTriedOnceAStepAndAgainByTime) {
+  kernel_.changing = true;
+  kernel_.fault(pages(6));
+  Session::Next next = session_.step();
+  EXPECT_FALSE(next.again);
+  EXPECT_GT(next.wake_at_ns, host_.now);
+  EXPECT_EQ(kernel_.count(abi::kIoctlCopy), 1u);
+  next = session_.step();
+  EXPECT_EQ(kernel_.count(abi::kIoctlCopy), 1u);
+  for (int i = 0; i < 50; ++i) {
+    EXPECT_LE(next.wake_at_ns - host_.now, 5 * kMillisecond);
+    host_.now = next.wake_at_ns;
+    next = session_.step();
+  }
+  EXPECT_EQ(kernel_.count(abi::kIoctlCopy), 51u);
+  EXPECT_EQ(counter(counters().retries), 51u);
+  kernel_.changing = false;
+  run_out();
+  EXPECT_EQ(at(6), tag_of(6));
+}
+
+TEST_F(SessionTest, AFetchThatTheKernelPutsOffArrivesInTheEnd) {
+  store_->cached = false;
+  kernel_.fault(pages(6));
+  settle();
+  kernel_.changing = true;
+  bring();
+  const Session::Next next = settle();
+  EXPECT_GT(next.wake_at_ns, host_.now);
+  kernel_.changing = false;
+  host_.now = next.wake_at_ns;
+  settle();
+  bring();
+  settle();
+  EXPECT_EQ(at(6), tag_of(6));
+}
+
+TEST_F(SessionTest, AShortCopyGoesOnAfterThePageThatWasThere) {
+  kernel_.present[pages(5).start.value] = std::byte{0xee};
+  kernel_.fault(pages(6));
+  settle();
+  EXPECT_EQ(at(4), tag_of(4));
+  EXPECT_EQ(at(5), std::byte{0xee});
+  EXPECT_EQ(at(6), tag_of(6));
+  EXPECT_EQ(at(7), tag_of(7));
+  EXPECT_TRUE(kernel_.woke(pages(5)));
+}
+
+TEST_F(SessionTest, AFaultOnAPageThatIsThereIsWoken) {
+  kernel_.present[pages(6).start.value] = std::byte{0xee};
+  kernel_.fault(pages(6));
+  settle();
+  EXPECT_EQ(at(6), std::byte{0xee});
+  EXPECT_TRUE(kernel_.woke(pages(6)));
+  EXPECT_EQ(counter(counters().pending), 0u);
+}
+
+TEST_F(SessionTest, AWriteProtectedPageThatIsNotThereIsFilledWithZeros) {
+  for (std::uint64_t page = 0; page < 1024; ++page) store_->holes.insert(page);
+  kernel_.refuse = [](const FakeKernel::Call& call) {
+    return call.request == abi::kIoctlZeropage && call.range.start == pages(6).start ? EEXIST : 0;
+  };
+  kernel_.fault(pages(6));
+  settle();
+  EXPECT_EQ(at(6), std::byte{0});
+  EXPECT_EQ(at(7), std::byte{0});
+}
+
+TEST_F(SessionTest, ARunOverTwoMappingsGoesPageByPage) {
+  kernel_.boundary = pages(6).start.value;
+  kernel_.fault(pages(7));
+  settle();
+  for (std::uint64_t page = 4; page < 8; ++page) EXPECT_EQ(at(page), tag_of(page)) << page;
+}
+
+TEST_F(SessionTest, AFaultWhereNothingIsMappedAnyMoreIsWokenAndForgotten) {
+  for (const bool cached : {true, false}) {
+    store_->cached = cached;
+    kernel_.unmapped = {pages(6).start.value};
+    kernel_.fault(pages(6));
+    settle();
+    if (!cached) bring();
+    run_out();
+    EXPECT_TRUE(kernel_.woke(pages(6)));
+    EXPECT_EQ(counter(counters().pending), 0u);
+    EXPECT_TRUE(host_.fetches.empty());
+    kernel_.calls.clear();
+  }
+}
+
+TEST_F(SessionTest, AClientThatIsGoneEndsTheSession) {
+  kernel_.gone = true;
+  kernel_.fault(pages(6));
+  settle();
+  EXPECT_EQ(session_.end(), SessionEnd::gone);
+  EXPECT_FALSE(host_.killed);
+}
+
+TEST_F(SessionTest, MemoryThatIsShortIsWaitedForAndThePagePoisonedAtLast) {
+  kernel_.refuse = [](const FakeKernel::Call& call) { return call.request == abi::kIoctlCopy ? ENOMEM : 0; };
+  for (const bool cached : {true, false}) {
+    SCOPED_TRACE(cached);
+    store_->cached = cached;
+    const std::uint64_t page = cached ? 6 : 600;
+    const std::int64_t start = host_.now;
+    kernel_.fault(pages(page));
+    for (int i = 0; i < 10'000 && !kernel_.poisoned.contains(pages(page).start.value); ++i) {
+      const Session::Next next = settle();
+      if (!host_.fetches.empty()) {
+        bring();
+      } else if (next.wake_at_ns != 0) {
+        host_.now = std::max(host_.now, next.wake_at_ns);
+      }
+    }
+    EXPECT_TRUE(kernel_.poisoned.contains(pages(page).start.value));
+    EXPECT_GT(host_.now - start, 1'000 * kMillisecond);
+    EXPECT_FALSE(kernel_.poisoned.contains(pages(page + 1).start.value));
+    ASSERT_EQ(host_.failures.size(), 1u);
+    EXPECT_NE(host_.failures[0].find("no memory"), std::string::npos);
+    host_.failures.clear();
+  }
+}
+
+TEST_F(SessionTest, APageThatTheKernelRefusesForAnUnknownReasonIsPoisonedAlone) {
+  kernel_.refuse = [](const FakeKernel::Call& call) {
+    return call.request == abi::kIoctlCopy && call.range.overlaps(pages(6)) ? EINVAL : 0;
+  };
+  for (const bool cached : {true, false}) {
+    SCOPED_TRACE(cached);
+    store_->cached = cached;
+    kernel_.poisoned.clear();
+    session_.drop(pages(0, 1024)).value();
+    kernel_.present.clear();
+    add(pages(0, 1024));
+    kernel_.fault(pages(6));
+    settle();
+    if (!cached) bring();
+    run_out();
+    EXPECT_EQ(kernel_.poisoned, std::set<std::uint64_t>{pages(6).start.value});
+    EXPECT_EQ(at(4), tag_of(4));
+    EXPECT_EQ(at(7), tag_of(7));
+    EXPECT_TRUE(host_.fetches.empty());
+  }
+}
+
+TEST_F(SessionTest, WriteProtectAndMinorFaultsAreUndone) {
+  kernel_.fault(pages(6), abi::kPagefaultWp | abi::kPagefaultWrite);
+  kernel_.fault(pages(7), abi::kPagefaultMinor);
+  settle();
+  EXPECT_EQ(kernel_.count(abi::kIoctlWriteprotect), 1u);
+  EXPECT_EQ(kernel_.count(abi::kIoctlContinue), 1u);
+  EXPECT_EQ(counter(counters().pending), 0u);
+}
+
+TEST_F(SessionTest, WriteProtectFaultsThatCannotBeUndoneAreWokenOrTriedAgain) {
+  kernel_.refuse = [](const FakeKernel::Call&) { return ENOENT; };
+  kernel_.fault(pages(6), abi::kPagefaultWp | abi::kPagefaultWrite);
+  settle();
+  EXPECT_TRUE(kernel_.woke(pages(6)));
+  kernel_.changing = true;
+  kernel_.fault(pages(9), abi::kPagefaultWp | abi::kPagefaultWrite);
+  EXPECT_GT(settle().wake_at_ns, 0);
+}
+
+// ---- stores that fail -------------------------------------------------------------------------------------
+
+TEST_F(SessionTest, OnlyTheDemandedPageOfAFailingStoreIsPoisoned) {
+  store_->bad = {5, 6};
+  kernel_.fault(pages(6));
+  settle();
+  bring();
+  settle();
+  EXPECT_EQ(kernel_.poisoned, std::set<std::uint64_t>{pages(6).start.value});
+  EXPECT_EQ(at(4), tag_of(4));
+  EXPECT_EQ(at(7), tag_of(7));
+  EXPECT_EQ(at(5), std::nullopt);
+  EXPECT_EQ(host_.failures.size(), 1u);
+  EXPECT_EQ(counter(counters().pages_poisoned), 1u);
+  EXPECT_EQ(counter(counters().read_errors), 1u);
+  // The neighbour is tried again when somebody needs it.
+  store_->bad = {};
+  kernel_.fault(pages(5));
+  settle();
+  EXPECT_EQ(at(5), tag_of(5));
+  EXPECT_FALSE(host_.killed);
+}
+
+TEST_F(SessionTest, AClientIsKilledWhereAPageCannotBePoisoned) {
+  store_->bad = {6};
+  kernel_.refuse = [](const FakeKernel::Call& call) {
+    return call.request == abi::kIoctlPoison ? EINVAL : 0;
+  };
+  kernel_.fault(pages(6));
+  settle();
+  bring();
+  settle();
+  EXPECT_TRUE(host_.killed);
+  EXPECT_EQ(session_.end(), SessionEnd::failed);
+  EXPECT_EQ(host_.warnings.size(), 1u);
+}
+
+TEST_F(SessionTest, PoisoningIsTriedAgainWhenItIsPutOffOrShortOfMemory) {
+  store_->bad = {6};
+  int refusals = 0;
+  kernel_.refuse = [&](const FakeKernel::Call& call) {
+    return call.request == abi::kIoctlPoison && ++refusals <= 3 ? ENOMEM : 0;
+  };
+  kernel_.fault(pages(6));
+  settle();
+  bring();
+  run_out();
+  EXPECT_TRUE(kernel_.poisoned.contains(pages(6).start.value));
+  EXPECT_FALSE(host_.killed);
+}
+
+// ---- changes while a fetch is under way ------------------------------------------------------------------
+
+class UnderWayTest : public SessionTest {
+ protected:
+  UnderWayTest() {
+    store_->cached = false;
+    kernel_.fault(pages(6));
+    settle();
+  }
+};
+
+TEST_F(UnderWayTest, WhatWasRemovedMeanwhileIsZero) {
+  kernel_.removed(pages(6, 1));
+  settle();
+  bring();
+  settle();
+  EXPECT_EQ(at(6), std::byte{0});
+  EXPECT_EQ(at(5), tag_of(5));
+  EXPECT_EQ(counter(counters().pages_removed), 1u);
+  EXPECT_EQ(counter(counters().events), 1u);
+}
+
+TEST_F(UnderWayTest, WhatWasUnmappedMeanwhileIsLeftAlone) {
+  kernel_.unmap(pages(6, 2));
+  kernel_.unmapped = {pages(6).start.value, pages(7).start.value};
+  settle();
+  bring();
+  settle();
+  EXPECT_EQ(at(6), std::nullopt);
+  EXPECT_EQ(at(5), tag_of(5));
+  EXPECT_TRUE(kernel_.woke(pages(6)));
+  EXPECT_EQ(counter(counters().pending), 0u);
+}
+
+TEST_F(UnderWayTest, WhatWasMovedMeanwhileArrivesAtItsNewPlace) {
+  kernel_.moved(pages(4, 4), pages(3000).start);
+  kernel_.unmap(pages(4, 4));
+  for (std::uint64_t page = 4; page < 8; ++page) kernel_.unmapped.insert(pages(page).start.value);
+  settle();
+  bring();
+  settle();
+  for (std::uint64_t page = 4; page < 8; ++page) {
+    EXPECT_EQ(at(page), std::nullopt);
+    EXPECT_EQ(at(3000 - 4 + page), tag_of(page));
+  }
+  EXPECT_TRUE(kernel_.woke(pages(6)));
+  EXPECT_EQ(counter(counters().pending), 0u);
+}
+
+TEST_F(UnderWayTest, WhatWasLeftBehindByAMoveIsZero) {
+  kernel_.moved(pages(4, 4), pages(3000).start);
+  settle();
+  bring();
+  settle();
+  EXPECT_EQ(at(6), std::byte{0});
+  EXPECT_EQ(at(3002), tag_of(6));
+}
+
+TEST_F(UnderWayTest, WhatWasDroppedMeanwhileIsLeftAlone) {
+  ASSERT_TRUE(session_.drop(pages(0, 1024)));
+  settle();
+  bring();
+  settle();
+  EXPECT_TRUE(kernel_.present.empty());
+}
+
+TEST_F(UnderWayTest, AnOldFetchIsNotTakenForOneOfTheRegionThatHasItsNumberNow) {
+  ASSERT_TRUE(session_.drop(pages(0, 1024)));
+  add(pages(0, 1024), 2000);
+  kernel_.fault(pages(6));
+  settle();
+  ASSERT_EQ(host_.fetches.size(), 2u);
+  bring();  // the old one
+  settle();
+  EXPECT_EQ(at(6), std::nullopt);
+  bring();
+  settle();
+  EXPECT_EQ(at(6), tag_of(2006));
+}
+
+TEST_F(UnderWayTest, AStateThatNobodyWroteDoesNotStopTheManager) {
+  // Another holder of the state file marks a page as being fetched.
+  auto& state = const_cast<SessionState&>(session_.state());
+  state.table(0).set(PageIndex(100), PageState::fetching);
+  store_->cached = true;
+  kernel_.fault(pages(100));
+  run_out();
+  EXPECT_EQ(at(100), tag_of(100));
+}
+
+TEST_F(SessionTest, RemovedPagesReadAsZeroForEverAfter) {
+  kernel_.fault(pages(6));
+  settle();
+  EXPECT_EQ(at(6), tag_of(6));
+  for (int i = 0; i < 3; ++i) {
+    kernel_.fault(pages(6));  // the kernel gives faults before events
+    kernel_.removed(pages(6));
+    settle();
+    EXPECT_EQ(at(6), std::byte{0});
+  }
+}
+
+TEST_F(SessionTest, AFaultOutsideOfEveryRegionIsZero) {
+  kernel_.fault(pages(9000));
+  settle();
+  EXPECT_EQ(at(9000), std::byte{0});
+  EXPECT_EQ(counter(counters().pages_outside), 1u);
+}
+
+TEST_F(SessionTest, ARegionIsDroppedByItsTagWhereverItHasMovedTo) {
+  ASSERT_TRUE(session_.add_region(pages(2000, 8), StoreOffset(0), kPage4K, lane_, 77));
+  kernel_.moved(pages(2002, 2), pages(3000).start);
+  kernel_.unmap(pages(2002, 2));
+  settle();
+  add(pages(2002, 2));  // another one in the gap
+  const auto left = session_.drop_tagged(77).value();
+  const std::vector<AddressRange> expected = {pages(2000, 2), pages(2004, 4), pages(3000, 2)};
+  EXPECT_EQ(left, expected);
+  kernel_.fault(pages(2003));
+  settle();
+  EXPECT_EQ(at(2003), tag_of(1));
+  EXPECT_TRUE(session_.drop_tagged(77).value().empty());
+}
+
+TEST_F(SessionTest, RegionsThatCannotBeServedAreRefused) {
+  const auto refused = [&](AddressRange memory, std::uint64_t offset, PageSize page_size) {
+    return !session_.add_region(memory, StoreOffset(offset), page_size, lane_);
+  };
+  EXPECT_TRUE(refused(pages(5000, 0), 0, kPage4K));
+  EXPECT_TRUE(refused({Address(kBase + 1), ByteCount(kPage)}, 0, kPage4K));
+  EXPECT_TRUE(refused(pages(5000, 1), 1, kPage4K));
+  EXPECT_TRUE(refused(pages(5001, 512), 0, kPage2M));
+  EXPECT_TRUE(refused(pages(5120, 511), 0, kPage2M));
+  EXPECT_TRUE(refused(pages(1u << 20, 1u << 18), 0, PageSize::from_shift(30)));
+  EXPECT_TRUE(refused(pages(5000, kPages + 1), 0, kPage4K));
+  EXPECT_TRUE(refused(pages(5000, 1), kPages * kPage, kPage4K));
+  EXPECT_TRUE(refused(pages(5000, 2), ~std::uint64_t{0} << 12, kPage4K));
+  EXPECT_TRUE(refused({Address(~std::uint64_t{0} << 12), ByteCount(kPage)}, 0, kPage4K));
+  EXPECT_FALSE(refused(pages(5120, 512), 0, kPage2M));
+}
+
+// ---- ends -------------------------------------------------------------------------------------------------
+
+TEST_F(SessionTest, DetachingBringsEverythingAndUnregisters) {
+  for (const bool cached : {true, false}) {
+    SCOPED_TRACE(cached);
+    FakeKernel kernel;
+    store_->cached = cached;
+    store_->zeros = {9};
+    Session session(Uffd::adopt(3, Features(), kernel), SessionState::create("fake").value(), {}, {}, host_);
+    ASSERT_TRUE(session.add_region(pages(0, 1000), StoreOffset(0), kPage4K, lane_));
+    kernel.removed(pages(20, 2));
+    session.begin_detach(Unreadable::poison);
+    for (int i = 0; i < 10'000 && !session.end(); ++i) {
+      session.step();
+      if (host_.fetches.empty()) continue;
+      auto fetch = std::move(host_.fetches.front());
+      host_.fetches.pop_front();
+      read_fetch(*fetch);
+      session.fetched(std::move(fetch));
+    }
+    EXPECT_EQ(session.end(), SessionEnd::detached);
+    for (std::uint64_t page = 0; page < 1000; ++page) {
+      const auto found = kernel.present.find(pages(page).start.value);
+      const std::byte shown = found == kernel.present.end() ? std::byte{0} : found->second;
+      ASSERT_EQ(shown, page == 9 || page == 20 || page == 21 ? std::byte{0} : tag_of(page)) << page;
+    }
+    EXPECT_EQ(kernel.count(abi::kIoctlUnregister), 1u);
+    EXPECT_EQ(kernel.calls.back().request, abi::kIoctlWake);
+  }
+}
+
+TEST_F(SessionTest, DetachingPoisonsWhatCannotBeRead) {
+  store_->bad = {100};
+  session_.begin_detach(Unreadable::poison);
+  for (int i = 0; i < 1000 && !session_.end(); ++i) {
+    settle();
+    if (!host_.fetches.empty()) bring();
+  }
+  EXPECT_EQ(session_.end(), SessionEnd::detached);
+  EXPECT_EQ(kernel_.poisoned, std::set<std::uint64_t>{pages(100).start.value});
+  EXPECT_EQ(at(101), tag_of(101));
+}
+
+TEST_F(SessionTest, DetachingIsGivenUpOverAPageThatCannotBeReadWhereTheClientWantsThat) {
+  store_->bad = {6};
+  session_.begin_detach(Unreadable::keep_serving);
+  settle();
+  bring();
+  run_out();
+  EXPECT_FALSE(session_.end());
+  ASSERT_EQ(host_.detach_failures.size(), 1u);
+  EXPECT_TRUE(kernel_.poisoned.empty());
+  kernel_.fault(pages(500));
+  settle();
+  EXPECT_EQ(at(500), tag_of(500));
+}
+
+TEST_F(SessionTest, AClientThatCannotBeKilledIsPoisonedBeforeItsMemoryIsLeft) {
+  host_.killable = false;
+  kernel_.fault(pages(6));
+  settle();
+  session_.begin_detach(Unreadable::poison);
+  session_.fail("a test");
+  kernel_.changing = true;
+  settle();
+  EXPECT_FALSE(session_.end());
+  kernel_.changing = false;
+  run_out();
+  EXPECT_EQ(session_.end(), SessionEnd::failed);
+  for (std::uint64_t page = 0; page < 1024; ++page) {
+    const bool present = page >= 4 && page < 8;
+    EXPECT_EQ(at(page), present ? std::optional(tag_of(page)) : std::nullopt) << page;
+    EXPECT_EQ(kernel_.poisoned.contains(pages(page).start.value), !present) << page;
+  }
+}
+
+TEST_F(SessionTest, DetachingEndsThoughSomePagesCannotBePut) {
+  for (const bool cached : {true, false}) {
+    SCOPED_TRACE(cached);
+    FakeKernel kernel;
+    store_->cached = cached;
+    kernel.unmapped = {pages(3).start.value};
+    Session session(Uffd::adopt(3, Features(), kernel), SessionState::create("fake").value(), {}, {}, host_);
+    ASSERT_TRUE(session.add_region(pages(0, 16), StoreOffset(0), kPage4K, lane_));
+    session.begin_detach(Unreadable::poison);
+    for (int i = 0; i < 100 && !session.end(); ++i) {
+      session.step();
+      if (host_.fetches.empty()) continue;
+      auto fetch = std::move(host_.fetches.front());
+      host_.fetches.pop_front();
+      read_fetch(*fetch);
+      session.fetched(std::move(fetch));
+    }
+    EXPECT_EQ(session.end(), SessionEnd::detached);
+    EXPECT_EQ(kernel.present.size(), 15u);
+  }
+}
+
+TEST_F(SessionTest, ReleasingEndsWhenNoThreadWaitsForItsEventAnyMore) {
+  kernel_.changing = true;
+  session_.release();
+  EXPECT_EQ(kernel_.count(abi::kIoctlUnregister), 1u);
+  Session::Next next = settle();
+  EXPECT_FALSE(session_.end());
+  kernel_.removed(pages(5));
+  kernel_.changing = false;
+  host_.now = next.wake_at_ns;
+  settle();
+  EXPECT_TRUE(kernel_.messages.empty());
+  EXPECT_EQ(session_.end(), SessionEnd::released);
+}
+
+TEST_F(SessionTest, ReleasingEndsThoughTheClientNeverStopsChanging) {
+  kernel_.changing = true;
+  session_.release();
+  run_out(200'000);
+  EXPECT_EQ(session_.end(), SessionEnd::released);
+}
+
+TEST_F(SessionTest, AnAbandonedSessionTouchesNothing) {
+  kernel_.fault(pages(6));
+  session_.abandon();
+  session_.step();
+  EXPECT_EQ(session_.end(), SessionEnd::abandoned);
+  EXPECT_TRUE(kernel_.calls.empty());
+  EXPECT_EQ(kernel_.messages.size(), 1u);
+}
+
+TEST_F(SessionTest, ADeadClientsMemoryIsLookedAtAgainWhileOthersUseIt) {
+  session_.check_target();
+  EXPECT_FALSE(session_.end());
+  const Session::Next next = settle();
+  ASSERT_GT(next.wake_at_ns, host_.now);
+  kernel_.gone = true;
+  host_.now = next.wake_at_ns;
+  settle();
+  EXPECT_EQ(session_.end(), SessionEnd::gone);
+}
+
+TEST_F(SessionTest, AnEventThatCannotBeFollowedKillsTheClient) {
+  abi::Msg message{};
+  message.event = 0x77;
+  kernel_.messages.push_back(message);
+  settle();
+  EXPECT_TRUE(host_.killed);
+  EXPECT_EQ(session_.end(), SessionEnd::failed);
+}
+
+TEST_F(SessionTest, ASessionThatIsTakenUpAgainBringsWhatIsMissing) {
+  store_->cached = false;
+  kernel_.removed(pages(20, 2));
+  kernel_.fault(pages(6));
+  settle();
+  UniqueFd file(::dup(session_.state().fd()));
+  session_.abandon();
+  store_->cached = true;
+  Session next(Uffd::adopt(3, Features(), kernel_), SessionState::open(std::move(file)).value(), {lane_}, {},
+               host_);
+  next.wake_all();
+  EXPECT_TRUE(kernel_.woke(pages(0, 1024)));
+  kernel_.fault(pages(6));
+  kernel_.fault(pages(20));
+  while (next.step().again) {
+  }
+  EXPECT_EQ(at(6), tag_of(6));
+  EXPECT_EQ(at(20), std::byte{0});
+}
+
+}  // namespace
+}  // namespace uffdkit

@@ -1,0 +1,129 @@
+#include "engine/store_lane.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <mutex>
+#include <vector>
+
+namespace uffdkit {
+namespace {
+
+// Holds every reader until it is let go.
+class Gate final : public Store {
+ public:
+  void wait_for_readers(int readers) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return inside_ >= readers; });
+  }
+  void let_go() {
+    const std::lock_guard lock(mutex_);
+    open_ = true;
+    changed_.notify_all();
+  }
+  int most_inside() {
+    const std::lock_guard lock(mutex_);
+    return most_inside_;
+  }
+
+  ByteCount size() const noexcept override { return ByteCount(1u << 20); }
+  std::string name() const override { return "gate"; }
+  Extent extent_at(StoreOffset) const noexcept override {
+    return {.zero = false, .end = StoreOffset(1u << 20)};
+  }
+  Result<ReadStatus> read(StoreOffset, std::span<std::byte>, Wait) noexcept override {
+    std::unique_lock lock(mutex_);
+    most_inside_ = std::max(most_inside_, ++inside_);
+    changed_.notify_all();
+    changed_.wait(lock, [&] { return open_; });
+    --inside_;
+    return ReadStatus::done;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int inside_ = 0;
+  int most_inside_ = 0;
+  bool open_ = false;
+};
+
+class Sink final : public FetchSink {
+ public:
+  void fetched(std::unique_ptr<Fetch> fetch) override {
+    const std::lock_guard lock(mutex_);
+    ids_.push_back(fetch->id);
+    changed_.notify_all();
+  }
+  std::vector<std::uint64_t> wait_for(std::size_t count) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return ids_.size() >= count; });
+    std::sort(ids_.begin(), ids_.end());
+    return ids_;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<std::uint64_t> ids_;
+};
+
+std::unique_ptr<Fetch> fetch_of(const std::shared_ptr<Store>& store, std::uint64_t id) {
+  auto fetch = std::make_unique<Fetch>();
+  fetch->id = id;
+  fetch->granules = PageCount(1);
+  fetch->store = store;
+  fetch->buffer = std::make_unique<std::byte[]>(4096);
+  return fetch;
+}
+
+TEST(StoreLane, GrowsToItsMostThreadsWhileReadersAreStuckAndAnswersAll) {
+  const auto gate = std::make_shared<Gate>();
+  const auto lane = StoreLane::create(gate).value();
+  const auto sink = std::make_shared<Sink>();
+  for (std::uint64_t id = 0; id < 50; ++id) lane->submit(fetch_of(gate, id), sink);
+  gate->wait_for_readers(StoreLane::kThreadsMax);
+  gate->let_go();
+  const std::vector<std::uint64_t> ids = sink->wait_for(50);
+  for (std::uint64_t id = 0; id < 50; ++id) EXPECT_EQ(ids[id], id);
+  EXPECT_EQ(gate->most_inside(), static_cast<int>(StoreLane::kThreadsMax));
+}
+
+TEST(StoreLane, GoesWithoutWaitingForAReaderThatIsStuck) {
+  const auto gate = std::make_shared<Gate>();
+  auto lane = StoreLane::create(gate).value();
+  const auto sink = std::make_shared<Sink>();
+  for (std::uint64_t id = 0; id < 20; ++id) lane->submit(fetch_of(gate, id), sink);
+  gate->wait_for_readers(StoreLane::kThreadsMax);
+  lane.reset();  // returns though the readers are inside
+  gate->let_go();
+  // Those that were being read still come; the others went with the lane.
+  EXPECT_EQ(sink->wait_for(StoreLane::kThreadsMax).size(), StoreLane::kThreadsMax);
+}
+
+TEST(StoreLane, DropsWhatNobodyWaitsForAnyMore) {
+  const auto gate = std::make_shared<Gate>();
+  const auto lane = StoreLane::create(gate).value();
+  auto gone = std::make_shared<Sink>();
+  lane->submit(fetch_of(gate, 1), gone);
+  gate->wait_for_readers(1);
+  gone.reset();
+  gate->let_go();
+  const auto sink = std::make_shared<Sink>();
+  lane->submit(fetch_of(gate, 2), sink);
+  EXPECT_EQ(sink->wait_for(1), std::vector<std::uint64_t>{2});
+}
+
+TEST(StoreLane, ServesOnAfterItsThreadsWereIdle) {
+  const auto store = make_zero_store(ByteCount(4096));
+  const auto lane = StoreLane::create(store).value();
+  const auto sink = std::make_shared<Sink>();
+  for (std::uint64_t id = 1; id <= 200; ++id) {
+    lane->submit(fetch_of(store, id), sink);
+    EXPECT_EQ(sink->wait_for(id).size(), id);
+  }
+}
+
+}  // namespace
+}  // namespace uffdkit
