@@ -80,7 +80,6 @@ class DescriptorTable {
   int flags(int fd) const;
   int close(int fd);
   void close_on_exec();
-  void close_all() { entries_.clear(); }
 
  private:
   struct Entry {

@@ -78,7 +78,7 @@ class ProcessImpl final : public Process {
 // The system calls of a process (system_calls.cc).
 std::unique_ptr<SystemCalls> make_system_calls(ProcessImpl& process);
 
-// mmap(2) where nothing is mapped yet: the address, or -errno (operations.cc).
+// mmap(2) where nothing is mapped yet: the address, or -errno (mapping.cc).
 std::int64_t map_area(Machine& machine, AddressSpace& space, const MapRequest& request);
 
 }  // namespace uffdkit::sim

@@ -100,7 +100,8 @@ class ThreadImpl final : public Thread, public Sleeper {
   Operation operation_;
 };
 
-// What threads do (operations.cc). Each runs when its thread has a turn.
+// What threads do (access.cc, mapping.cc, advise.cc, remap.cc, fork.cc). Each runs when its thread has a
+// turn.
 Operation access_memory(ThreadImpl& thread, Access access);
 Operation map_memory(ThreadImpl& thread, MapRequest request);
 Operation unmap_memory(ThreadImpl& thread, AddressRange range);

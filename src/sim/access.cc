@@ -1,0 +1,71 @@
+// Loads and stores of a thread: the part of the fault path that runs in the thread itself. It asks the fault
+// handler (fault.cc), sleeps where that says so, and tries again: a woken thread knows nothing.
+#include <signal.h>
+
+#include <cerrno>
+
+#include "sim/events.h"
+#include "sim/fault.h"
+#include "sim/machine.h"
+
+namespace uffdkit::sim {
+namespace {
+
+// How a fault that nobody resolves ends: as a signal in user mode, as EFAULT of the system call in kernel
+// mode.
+Completion refuse(ThreadImpl& thread, const Access& access, FaultAnswer::Kind kind) {
+  if (access.kernel_mode) return result(-EFAULT);
+  using Kind = FaultAnswer::Kind;
+  const bool machine_check = kind == Kind::poisoned && thread.process().machine().options.memory_failure;
+  switch (kind) {
+    case Kind::no_area:
+      return {.kind = Completion::Kind::sigsegv, .result = SEGV_MAPERR, .address = access.address};
+    case Kind::no_permission:
+      return {.kind = Completion::Kind::sigsegv, .result = SEGV_ACCERR, .address = access.address};
+    default:
+      return {.kind = Completion::Kind::sigbus,
+              .result = machine_check ? BUS_MCEERR_AR : BUS_ADRERR,
+              .address = access.address};
+  }
+}
+
+Completion carry_out(const Area& area, Pte& pte, const Access& access) {
+  Completion completion{.kind = Completion::Kind::value};
+  const std::uint64_t at = access.address.value % area.page();
+  if (access.write) pte.frame->bytes[at] = access.value;
+  completion.value = pte.frame ? pte.frame->bytes[at] : std::byte{};
+  return completion;
+}
+
+}  // namespace
+
+Operation access_memory(ThreadImpl& thread, Access access) {
+  for (;;) {
+    AddressSpace& space = *thread.process().space();
+    if (Pte* pte = reachable(space, access.address.value, access.write))
+      co_return carry_out(*space.find(access.address.value), *pte, access);
+
+    FaultAnswer fault = handle_fault(space, {.address = access.address.value,
+                                             .write = access.write,
+                                             .user_mode = !access.kernel_mode,
+                                             .thread_id = static_cast<std::uint32_t>(thread.tid())});
+    if (fault.kind == FaultAnswer::Kind::retry) continue;
+    if (fault.kind == FaultAnswer::Kind::spin) {
+      co_await thread.yield();
+      continue;
+    }
+    if (fault.kind != FaultAnswer::Kind::sleep) co_return refuse(thread, access, fault.kind);
+    {
+      FaultWait queued(fault.context, thread, fault.message);
+      // A pending signal lets nobody sleep. In user mode its handler runs and the access starts again; a
+      // system call has nowhere to go and spins, with a new message each time, until the page is there.
+      if (thread.signal_pending())
+        co_await thread.yield();
+      else
+        co_await thread.sleep_in_fault(*fault.context);
+    }
+    if (!access.kernel_mode) thread.handle_signal();
+  }
+}
+
+}  // namespace uffdkit::sim
