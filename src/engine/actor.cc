@@ -202,6 +202,7 @@ SessionStatus Actor::status() const {
           .bytes_read = value(counters.bytes_read),
           .fetches = value(counters.fetches),
           .retries = value(counters.retries),
+          .read_retries = value(counters.read_retries),
           .read_errors = value(counters.read_errors),
           .pending = value(counters.pending),
           .oldest_pending_ns = oldest == 0 ? 0 : monotonic_ns() - oldest};

@@ -46,6 +46,7 @@ struct SessionStatus {
   std::uint64_t bytes_read = 0;
   std::uint64_t fetches = 0;
   std::uint64_t retries = 0;
+  std::uint64_t read_retries = 0;
   std::uint64_t read_errors = 0;
   std::uint64_t pending = 0;
   std::int64_t oldest_pending_ns = 0;  // age of the oldest pending fault; 0 without one

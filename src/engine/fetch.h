@@ -28,6 +28,7 @@ struct Fetch {
   std::unique_ptr<std::byte[]> buffer;    // `granules` pages, filled by read_fetch()
   std::bitset<kFetchGranulesMax> failed;  // pages that could not be read (bit 0: the first)
   std::optional<Error> error;             // the first failure
+  unsigned retries = 0;                   // how often it was tried again
 
   ByteCount bytes() const { return kPage4K.bytes(granules); }
 };
@@ -35,6 +36,9 @@ struct Fetch {
 // Reads a fetch's bytes, waiting as long as it takes. When the whole cannot be read, each page is tried
 // alone, so that one bad page does not condemn its neighbours.
 void read_fetch(Fetch& fetch);
+
+// Tries the pages again that have failed.
+void read_failed_again(Fetch& fetch);
 
 // Where a fetch goes when it has been read. Called from any thread.
 class FetchSink {

@@ -779,6 +779,7 @@ void Session::install(std::unique_ptr<Fetch> read) {
   fetches_.erase(found);
   for (Pending& pending : pending_) pending.blocked = false;
   if (!read->shared) add(counters_.bytes_read, read->bytes().value);
+  add(counters_.read_retries, read->retries);
   // The region may be gone, and its number and its table another's.
   if (!is_current(fetch)) return settle_pending(fetch, Put::done);
   if (read->failed.any()) settle_failed_pages(fetch, *read);
@@ -872,6 +873,10 @@ void Session::give_up(const UnderWay& fetch, const Segment& segment, PageIndex f
   }
   add(counters_.read_errors);
   host_.page_failed(error);
+  if (demanded && options_.on_error == OnError::kill && host_.kill_client()) {
+    host_.warn("its client was killed, which needs a page that cannot be read");
+    return finish(SessionEnd::failed);
+  }
   // Those who wait are answered in this step, by their own faults.
   if (demanded || poison(segment, first)) return;
   table.set(page, PageState::absent);

@@ -45,6 +45,7 @@ struct SessionCounters {
   std::atomic<std::uint64_t> bytes_read{0};      // from the store
   std::atomic<std::uint64_t> fetches{0};         // reads that had to wait for the store
   std::atomic<std::uint64_t> retries{0};         // attempts that the kernel put off (EAGAIN, ENOMEM)
+  std::atomic<std::uint64_t> read_retries{0};    // reads tried again, because pages could not be read
   std::atomic<std::uint64_t> read_errors{0};     // pages that the store could not give
   std::atomic<std::uint64_t> pending{0};         // faults under way
   std::atomic<std::int64_t> oldest_since_ns{0};  // when the oldest of them was read; 0 without one
@@ -95,11 +96,18 @@ class SessionHost {
   virtual void warn(const std::string& text) = 0;
 };
 
+// What becomes of a client that touches a page which cannot be read.
+enum class OnError : std::uint8_t {
+  poison,  // the page answers with SIGBUS
+  kill,    // the client is killed; one whose process nobody knows (a child of fork) has the page poisoned
+};
+
 struct SessionOptions {
   // Pages of 4 KiB that come with a fault, its own included; a power of two, at most kFetchGranulesMax.
   PageCount fault_around{16};
   // The same for regions that share their image: what comes uncalled for takes memory once for all clients.
   PageCount shared_fault_around{64};
+  OnError on_error = OnError::poison;
 };
 
 // What an owner calls a region of its own; 0 for none. Region numbers are used again, this is not.

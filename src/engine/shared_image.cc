@@ -209,6 +209,9 @@ void SharedImage::finish(std::uint64_t job, PageRange written, const Fetch* outc
     mark_filled(written);
     const auto found = std::find_if(jobs_.begin(), jobs_.end(), [&](const Job& j) { return j.id == job; });
     CHECK(found != jobs_.end());
+    // Counted once, whoever else waits.
+    if (outcome != nullptr && !found->waiters.empty())
+      found->waiters.front()->fetch->retries += outcome->retries;
     for (const std::shared_ptr<Waiter>& waiter : found->waiters) {
       Fetch& fetch = *waiter->fetch;
       for (std::size_t i = 0; outcome != nullptr && i < fetch.granules.value; ++i) {

@@ -1,9 +1,11 @@
 #include "engine/store_lane.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
 #include <deque>
+#include <map>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -24,19 +26,33 @@ struct Job {
 }  // namespace
 
 struct StoreLane::Shared {
+  explicit Shared(ReadRetries how) : retries(how) {}
+
+  // Queues what is due, with `mutex` held; says when to look again.
+  std::chrono::steady_clock::time_point queue_what_is_due() {
+    const auto now = std::chrono::steady_clock::now();
+    while (!later.empty() && later.begin()->first <= now) {
+      queue.push_back(std::move(later.begin()->second));
+      later.erase(later.begin());
+    }
+    return later.empty() ? now + kIdleTime : std::min(later.begin()->first, now + kIdleTime);
+  }
+
+  const ReadRetries retries;
   std::mutex mutex;
   std::condition_variable work;
   std::deque<Job> queue;
+  std::multimap<std::chrono::steady_clock::time_point, Job> later;  // to be tried again
   unsigned threads = 0;
   unsigned idle = 0;
   bool closed = false;
 };
 
-StoreLane::StoreLane(std::shared_ptr<Store> store)
-    : store_(std::move(store)), shared_(std::make_shared<Shared>()) {}
+StoreLane::StoreLane(std::shared_ptr<Store> store, ReadRetries retries)
+    : store_(std::move(store)), shared_(std::make_shared<Shared>(retries)) {}
 
-Result<std::shared_ptr<StoreLane>> StoreLane::create(std::shared_ptr<Store> store) {
-  std::shared_ptr<StoreLane> lane(new StoreLane(std::move(store)));
+Result<std::shared_ptr<StoreLane>> StoreLane::create(std::shared_ptr<Store> store, ReadRetries retries) {
+  std::shared_ptr<StoreLane> lane(new StoreLane(std::move(store), retries));
   lane->shared_->threads = 1;
   if (!start_thread(lane->shared_))
     return Failure(Error("cannot start a thread for " + lane->store_->name(), EAGAIN)
@@ -60,6 +76,7 @@ StoreLane::~StoreLane() {
   const std::lock_guard lock(shared_->mutex);
   shared_->closed = true;
   shared_->queue.clear();
+  shared_->later.clear();
   shared_->work.notify_all();
 }
 
@@ -78,18 +95,26 @@ void StoreLane::submit(std::unique_ptr<Fetch> fetch, std::weak_ptr<FetchSink> si
 void StoreLane::run(std::shared_ptr<Shared> shared) {
   std::unique_lock lock(shared->mutex);
   while (!shared->closed) {
+    const auto look_again = shared->queue_what_is_due();
     if (shared->queue.empty()) {
       ++shared->idle;
       const bool woken =
-          shared->work.wait_for(lock, kIdleTime, [&] { return shared->closed || !shared->queue.empty(); });
+          shared->work.wait_until(lock, look_again, [&] { return shared->closed || !shared->queue.empty(); });
       --shared->idle;
-      if (!woken && shared->threads > 1) break;
+      if (!woken && shared->threads > 1 && shared->later.empty()) break;
       continue;
     }
     Job job = std::move(shared->queue.front());
     shared->queue.pop_front();
     lock.unlock();
-    read_fetch(*job.fetch);
+    Fetch& fetch = *job.fetch;
+    fetch.failed.any() ? read_failed_again(fetch) : read_fetch(fetch);
+    if (fetch.failed.any() && fetch.retries < shared->retries.count && !job.sink.expired()) {
+      const auto pause = shared->retries.first_pause * (1u << (2 * std::min(fetch.retries, 8u)));
+      lock.lock();
+      if (!shared->closed) shared->later.emplace(std::chrono::steady_clock::now() + pause, std::move(job));
+      continue;
+    }
     if (const auto sink = job.sink.lock()) sink->fetched(std::move(job.fetch));
     job = {};
     lock.lock();

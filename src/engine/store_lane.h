@@ -8,18 +8,26 @@
 
 #include <uffdkit/store.h>
 
+#include <chrono>
 #include <memory>
 
 #include "engine/fetch.h"
 
 namespace uffdkit {
 
+// How pages that could not be read are tried again. Meanwhile the lane reads for others.
+struct ReadRetries {
+  unsigned count = 3;  // tries after the first; then the pages count as unreadable
+  std::chrono::milliseconds first_pause{
+      5};  // before the first of them; each further one is four times as long
+};
+
 class StoreLane {
  public:
   static constexpr unsigned kThreadsMax = 8;
 
   // Errors: no thread can be started.
-  static Result<std::shared_ptr<StoreLane>> create(std::shared_ptr<Store> store);
+  static Result<std::shared_ptr<StoreLane>> create(std::shared_ptr<Store> store, ReadRetries retries = {});
   ~StoreLane();
   StoreLane(const StoreLane&) = delete;
   StoreLane& operator=(const StoreLane&) = delete;
@@ -32,7 +40,7 @@ class StoreLane {
 
  private:
   struct Shared;
-  explicit StoreLane(std::shared_ptr<Store> store);
+  StoreLane(std::shared_ptr<Store> store, ReadRetries retries);
   // Starts a thread that has been counted in Shared::threads.
   static bool start_thread(const std::shared_ptr<Shared>& shared);
   static void run(std::shared_ptr<Shared> shared);

@@ -82,7 +82,8 @@ Result<std::shared_ptr<StoreLane>> ImageCatalog::share(UniqueFd file, const std:
   }
   Result<std::shared_ptr<Store>> store = open_file_store(file.get(), name);
   if (!store) return Failure(std::move(store).error());
-  Result<std::shared_ptr<StoreLane>> lane = StoreLane::create(std::move(*store));
+  Result<std::shared_ptr<StoreLane>> lane =
+      StoreLane::create(make_faulty_store(std::move(*store), faults_), retries_);
   if (!lane) return lane;
   const std::lock_guard lock(open_mutex_);
   // Somebody else may have opened it meanwhile, by another name.

@@ -4,12 +4,14 @@
 #pragma once
 
 #include <uffdkit/error.h>
+#include <uffdkit/faulty_store.h>
 #include <uffdkit/unique_fd.h>
 
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine/shared_image.h"
@@ -19,6 +21,10 @@ namespace uffdkit {
 
 class ImageCatalog {
  public:
+  // `faults` are injected into every image that is opened.
+  explicit ImageCatalog(ReadRetries retries = {}, std::vector<StoreFault> faults = {})
+      : retries_(retries), faults_(std::move(faults)) {}
+
   // `name` stands for the file at `path`. Errors: the name is empty or taken; the file cannot be opened now.
   Result<void> add(const std::string& name, const std::string& path);
   // Every regular file below `directory` can be had by its path there; symbolic links and ".." are not
@@ -43,6 +49,8 @@ class ImageCatalog {
   // The lane of an open file, shared with whoever has the same file open.
   Result<std::shared_ptr<StoreLane>> share(UniqueFd file, const std::string& name);
 
+  const ReadRetries retries_;
+  const std::vector<StoreFault> faults_;
   std::map<std::string, std::string> paths_;
   std::vector<Directory> directories_;
   // By device, inode and time of change: a file that was replaced is another image.

@@ -97,6 +97,7 @@ nlohmann::json counters_json(const SessionStatus& status) {
           {"bytes_read", status.bytes_read},
           {"fetches", status.fetches},
           {"retries", status.retries},
+          {"read_retries", status.read_retries},
           {"read_errors", status.read_errors}};
 }
 
@@ -244,7 +245,8 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   std::unique_ptr<BlockingWork> work_;
   UniqueFd signals_;
   // Shared with threads that open an image still.
-  const std::shared_ptr<ImageCatalog> images_ = std::make_shared<ImageCatalog>();
+  const std::shared_ptr<ImageCatalog> images_ =
+      std::make_shared<ImageCatalog>(options_.read_retries, options_.store_faults);
   std::map<std::string, Listener> listeners_;
   std::optional<ListeningSocket> control_;
   std::unordered_map<Connection*, OpenConnection> connections_;
@@ -277,7 +279,8 @@ Result<void> Manager::Impl::start() {
       Engine::create({.workers = options_.workers,
                       .spin_ns = options_.spin_ns,
                       .session = {.fault_around = options_.fault_around,
-                                  .shared_fault_around = options_.shared_fault_around}},
+                                  .shared_fault_around = options_.shared_fault_around,
+                                  .on_error = options_.on_error}},
                      *this);
   if (!engine) return Failure(std::move(engine).error());
   engine_ = std::move(*engine);
@@ -798,7 +801,9 @@ void Manager::Impl::page_failed(SessionId session, const Error& error) {
   post_log([this, session, error] {
     const auto found = sessions_.find(session);
     if (found == sessions_.end() || ++found->second.page_errors > kPageErrorsLogged) return;
-    log_.write(fmt::format("session {}: {}; that page answers with SIGBUS", session, error.text()));
+    log_.write(fmt::format(
+        "session {}: {}; {}", session, error.text(),
+        options_.on_error == OnError::kill ? "its client may not go on" : "that page answers with SIGBUS"));
     if (found->second.page_errors == kPageErrorsLogged)
       log_.write(fmt::format("session {}: further pages that fail are only counted", session));
   });

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <uffdkit/error.h>
+#include <uffdkit/faulty_store.h>
 #include <uffdkit/units.h>
 
 #include <cstdint>
@@ -15,6 +16,8 @@
 #include <memory>
 #include <string>
 #include <vector>
+
+#include "engine/session.h"
 
 namespace uffdkit {
 
@@ -26,6 +29,9 @@ struct ManagerOptions {
   std::int64_t handshake_ms = 5'000;  // how long a client may take to say what it wants
   // How long the end waits for the memory of clients that hold no descriptor for a successor to be complete.
   std::int64_t drain_ms = 60'000;
+  OnError on_error = OnError::poison;         // see SessionOptions
+  ReadRetries read_retries = {};              // of all images
+  std::vector<StoreFault> store_faults = {};  // likewise; for tests
 };
 
 class Manager {

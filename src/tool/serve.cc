@@ -6,6 +6,7 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -32,6 +33,9 @@ struct Options {
   std::int64_t spin_us = 0;
   double handshake_seconds = 5;
   double drain_seconds = 60;
+  OnError on_error = OnError::poison;
+  unsigned read_retries = ReadRetries().count;
+  std::vector<std::string> store_faults;
 };
 
 // The two sides of the first "=" of a text that is_pair() accepts.
@@ -67,6 +71,16 @@ Result<void> open_everything(Manager& manager, const Options& options) {
   return {};
 }
 
+Result<std::vector<StoreFault>> store_faults(const Options& options) {
+  std::vector<StoreFault> faults;
+  for (const std::string& text : options.store_faults) {
+    Result<StoreFault> fault = parse_store_fault(text);
+    if (!fault) return Failure(std::move(fault).error());
+    faults.push_back(*std::move(fault));
+  }
+  return faults;
+}
+
 int run(const Options& options) {
   sigset_t signals;
   ::sigemptyset(&signals);
@@ -76,13 +90,21 @@ int run(const Options& options) {
   ::signal(SIGPIPE, SIG_IGN);
   raise_descriptor_limit();
 
+  Result<std::vector<StoreFault>> faults = store_faults(options);
+  if (!faults) {
+    report(faults.error());
+    return kExitUsage;
+  }
   Result<std::unique_ptr<Manager>> manager =
       Manager::create({.workers = options.workers,
                        .fault_around = PageCount(options.fault_around),
                        .shared_fault_around = PageCount(options.shared_fault_around),
                        .spin_ns = options.spin_us * 1000,
                        .handshake_ms = static_cast<std::int64_t>(options.handshake_seconds * 1000),
-                       .drain_ms = static_cast<std::int64_t>(options.drain_seconds * 1000)});
+                       .drain_ms = static_cast<std::int64_t>(options.drain_seconds * 1000),
+                       .on_error = options.on_error,
+                       .read_retries = {.count = options.read_retries},
+                       .store_faults = std::move(*faults)});
   if (!manager) return report(manager.error());
   if (auto opened = open_everything(**manager, options); !opened) return report(opened.error());
   if (auto signalled = (*manager)->stop_at_signals(); !signalled) return report(signalled.error());
@@ -137,6 +159,21 @@ void add_serve(CLI::App& app, int& exit_code) {
           "then are killed")
       ->check(CLI::Range(0.0, kSecondsMax))
       ->capture_default_str();
+  command
+      ->add_option(
+          "--on-error", options->on_error,
+          "What becomes of a client that touches a page which cannot be read: poison (the page answers "
+          "with SIGBUS) or kill")
+      ->transform(CLI::CheckedTransformer(
+          std::map<std::string, OnError>{{"poison", OnError::poison}, {"kill", OnError::kill}}))
+      ->default_str("poison");
+  command
+      ->add_option("--read-retries", options->read_retries,
+                   "How often a page that cannot be read is tried again, after 5, 20, 80 ms and so on")
+      ->check(CLI::Range(0, 8))
+      ->capture_default_str();
+  command->add_option("--store-fault", options->store_faults,
+                      "KIND[,KEY=VALUE]...: for tests, has reads of images fail, lie or last; repeatable");
   command->footer(
       "Ends at SIGTERM or SIGINT, after completing the memory of its Firecracker clients; at a second one, "
       "at once.\n"

@@ -50,6 +50,10 @@ void print(const nlohmann::json& status) {
                number(session, "pages_zeroed"), number(session, "pages_removed"),
                number(session, "pages_poisoned"), number(session, "pending"),
                number(session, "oldest_pending_us"), session.value("image", ""));
+  for (const auto& session : sessions)
+    if (const std::uint64_t retries = number(session, "read_retries"); retries != 0)
+      fmt::print("session {}: {} reads of its image were tried again, {} pages could not be read\n",
+                 number(session, "id"), retries, number(session, "read_errors"));
   if (left_out != 0) fmt::print("{} more sessions are not listed\n", left_out);
 }
 

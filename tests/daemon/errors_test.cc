@@ -1,4 +1,5 @@
 // Pages that cannot be read answer with SIGBUS, are reported, and harm nobody else.
+#include <fcntl.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <unistd.h>
@@ -106,6 +107,81 @@ TEST_F(Errors, ASystemCallOnALostPageFailsAndTheClientLivesOn) {
     require(write(ends[1], memory.bytes(7).data(), 4096) == 4096, "another page was not written");
   });
   EXPECT_EQ(process.wait(), 0) << manager_.log();
+}
+
+// These arguments, and a fault of the manager's images.
+std::vector<std::string> with_fault(std::vector<std::string> arguments, const std::string& fault) {
+  arguments.insert(arguments.end(), {"--store-fault", fault});
+  return arguments;
+}
+
+TEST_F(Errors, ReadsThatFailAreTriedAgainUntilTheySucceedAndCounted) {
+  const TempDir directory;
+  const std::string socket = directory / "fc.sock";
+  ManagerProcess manager(directory, with_fault(firecracker(socket, image_), "error,times=2"));
+  Child process = client(image_, {.regions = {{.pages = 32}}}, socket,
+                         [](const ClientMemory& memory, const Channel&) { memory.check_all(2, 1); });
+  EXPECT_EQ(process.wait(), 0) << manager.log();
+  EXPECT_TRUE(eventually([&] { return manager.sessions() == 0; }));
+  EXPECT_GE(manager.total("read_retries"), 1u);
+  EXPECT_EQ(manager.total("read_errors"), 0u);
+}
+
+TEST_F(Errors, WithOnErrorKillTheClientThatTouchesALostPageDiesAndNoOther) {
+  const TempDir directory;
+  const std::string socket = directory / "fc.sock";
+  auto arguments = with_fault(firecracker(socket, image_), "error,from=64K,to=68K");
+  arguments.insert(arguments.end(), {"--on-error", "kill", "--read-retries", "1"});
+  ManagerProcess manager(directory, arguments);
+  Child fine = client(image_, {.regions = {{.pages = 64}}}, socket,
+                      [](const ClientMemory& memory, const Channel& channel) {
+                        memory.check(0);
+                        channel.send(1);
+                        channel.receive();
+                        memory.check(1);
+                        memory.check(17);
+                      });
+  fine.channel().receive();
+  Child failing = client(image_, {.regions = {{.pages = 64}}}, socket,
+                         [](const ClientMemory& memory, const Channel&) { memory.check(16); });
+  EXPECT_EQ(failing.wait(), -SIGKILL) << manager.log();
+  EXPECT_TRUE(eventually([&] { return manager.logged(image_.path() + " at offset 65536"); }))
+      << manager.log();
+  fine.channel().send(1);
+  EXPECT_EQ(fine.wait(), 0) << manager.log();
+}
+
+TEST_F(Errors, OfReadsThatFailNowAndThenNoByteArrivesWrong) {
+  const TempDir directory;
+  const std::string socket = directory / "fc.sock";
+  auto arguments = with_fault(firecracker(socket, image_), "error,rate=0.1,seed=5");
+  arguments = with_fault(arguments, "short,rate=0.05,seed=6");
+  arguments = with_fault(arguments, "delay,rate=0.05,seed=7,ms=3");
+  ManagerProcess manager(directory, arguments);
+  Child process = client(image_, whole(image_), socket,
+                         [](const ClientMemory& memory, const Channel&) { memory.check_all(4, 3); });
+  EXPECT_EQ(process.wait(), 0) << manager.log();
+}
+
+TEST_F(Errors, AStoreThatDoesNotAnswerHoldsUpNoClientOfAnotherAndGoesOnWhenItAnswers) {
+  const TempDir directory;
+  const Image other(directory / "other", 256, 9);
+  const std::string a = directory / "a.sock";
+  const std::string b = directory / "b.sock";
+  const std::string wall = directory / "wall";
+  const auto stall = "stall,image=" + image_.path() + ",while=" + wall;
+  ManagerProcess manager(
+      directory,
+      with_fault({"--firecracker", a + "=" + image_.path(), "--firecracker", b + "=" + other.path()}, stall));
+  const UniqueFd file(open(wall.c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
+  Child stuck = client(image_, whole(image_), a,
+                       [](const ClientMemory& memory, const Channel&) { memory.check_all(2, 1); });
+  EXPECT_TRUE(eventually([&] { return manager.total("fetches") > 0; }));
+  Child fine = client(other, whole(other), b,
+                      [](const ClientMemory& memory, const Channel&) { memory.check_all(2, 1); });
+  EXPECT_EQ(fine.wait(), 0) << manager.log();
+  ASSERT_EQ(unlink(wall.c_str()), 0);
+  EXPECT_EQ(stuck.wait(), 0) << manager.log();
 }
 
 }  // namespace

@@ -1,8 +1,10 @@
 #include "engine/store_lane.h"
 
 #include <gtest/gtest.h>
+#include <uffdkit/faulty_store.h>
 
 #include <algorithm>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <vector>
@@ -54,6 +56,7 @@ class Sink final : public FetchSink {
   void fetched(std::unique_ptr<Fetch> fetch) override {
     const std::lock_guard lock(mutex_);
     ids_.push_back(fetch->id);
+    last_failed_ = fetch->failed.any();
     changed_.notify_all();
   }
   std::vector<std::uint64_t> wait_for(std::size_t count) {
@@ -62,11 +65,16 @@ class Sink final : public FetchSink {
     std::sort(ids_.begin(), ids_.end());
     return ids_;
   }
+  bool last_failed() {
+    const std::lock_guard lock(mutex_);
+    return last_failed_;
+  }
 
  private:
   std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<std::uint64_t> ids_;
+  bool last_failed_ = false;
 };
 
 std::unique_ptr<Fetch> fetch_of(const std::shared_ptr<Store>& store, std::uint64_t id) {
@@ -123,6 +131,36 @@ TEST(StoreLane, ServesOnAfterItsThreadsWereIdle) {
     lane->submit(fetch_of(store, id), sink);
     EXPECT_EQ(sink->wait_for(id).size(), id);
   }
+}
+
+TEST(StoreLane, TriesWhatCannotBeReadAgainAndGivesUpAfterSoManyTries) {
+  const auto recovers = [](const char* fault, unsigned retries) {
+    const auto store =
+        make_faulty_store(make_zero_store(ByteCount(4096)), {parse_store_fault(fault).value()});
+    const auto lane =
+        StoreLane::create(store, {.count = retries, .first_pause = std::chrono::milliseconds(1)}).value();
+    const auto sink = std::make_shared<Sink>();
+    lane->submit(fetch_of(store, 1), sink);
+    return sink->wait_for(1).size() == 1 && !sink->last_failed();
+  };
+  // The first read takes two: of the whole, then of the page alone.
+  EXPECT_TRUE(recovers("error,times=4", 3));
+  EXPECT_FALSE(recovers("error,times=5", 3));
+  EXPECT_FALSE(recovers("error", 3));
+}
+
+TEST(StoreLane, ReadsForOthersWhileItWaitsToTryAgain) {
+  const auto store =
+      make_faulty_store(make_zero_store(ByteCount(1u << 20)), {parse_store_fault("error,to=4K").value()});
+  const auto lane = StoreLane::create(store, {.count = 1, .first_pause = std::chrono::hours(1)}).value();
+  const auto sink = std::make_shared<Sink>();
+  lane->submit(fetch_of(store, 1), sink);
+  for (std::uint64_t id = 2; id < 20; ++id) {
+    auto fetch = fetch_of(store, id);
+    fetch->from = StoreOffset(4096);
+    lane->submit(std::move(fetch), sink);
+  }
+  EXPECT_EQ(sink->wait_for(18).front(), 2u);
 }
 
 }  // namespace
