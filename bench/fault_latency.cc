@@ -24,6 +24,7 @@ constexpr unsigned kTouchesPerTurn = 50;
 
 struct Settings {
   std::vector<std::string> spin_us = {"50"};
+  std::vector<std::string> workers = {"1", "8", "16"};
   std::string other;
 };
 
@@ -51,6 +52,10 @@ std::vector<Contender> contenders(const Options& options, const Settings& settin
   for (const std::string& us : settings.spin_us) {
     add(options.uffdkit, fmt::format("uffdkit, one page, spin {} us", us),
         {"--fault-around", "1", "--spin-us", us});
+  }
+  for (const std::string& workers : settings.workers) {
+    add(options.uffdkit, fmt::format("uffdkit, one page, {} workers", workers),
+        {"--fault-around", "1", "--workers", workers});
   }
   if (!settings.other.empty()) add(settings.other, "other build, one page a fault", {"--fault-around", "1"});
   return all;
@@ -118,6 +123,8 @@ int main(int argc, char** argv) {
       argc, argv, "How long does one served fault take?",
       [&](CLI::App& app) {
         app.add_option("--spin-us", settings.spin_us, "Values of uffdkit's --spin-us to measure as well")
+            ->capture_default_str();
+        app.add_option("--workers", settings.workers, "Values of uffdkit's --workers to measure as well")
             ->capture_default_str();
         app.add_option("--other", settings.other, "Another build of uffdkit, to compare with");
       },
