@@ -11,6 +11,7 @@ set(CMAKE_RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR})
 
 option(UFFDKIT_TESTS "Build the tests and the benches" ON)
 option(UFFDKIT_WERROR "Treat warnings as errors" ON)
+option(UFFDKIT_FUZZ "Link the fuzz targets with libFuzzer (clang)" OFF)
 set(UFFDKIT_SANITIZE "" CACHE STRING "Sanitizers for -fsanitize=, comma separated; empty for none")
 
 find_package(Threads REQUIRED)
