@@ -137,6 +137,13 @@ void Session::wake(AddressRange range) const {
 
 void Session::wake_all() {
   for (const Segment& segment : state_.layout().segments()) wake(segment.memory);
+  // Threads wait outside of all segments, too: in memory that mremap(2) has added. No list has where that is,
+  // so all addresses of a 64-bit process are woken, or, where the kernel says that there are none, of a
+  // 32-bit one.
+  constexpr Address kStart(1u << 20);
+  constexpr AddressRange kAll64{kStart, Address(0x7fffffff0000) - kStart};
+  constexpr AddressRange kAll32{kStart, Address(0xbfff0000) - kStart};
+  if (!uffd_.wake(kAll64)) wake(kAll32);
 }
 
 void Session::begin_detach(Unreadable unreadable) {

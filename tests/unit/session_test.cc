@@ -46,6 +46,7 @@ class FakeKernel final : public SystemCalls {
   std::vector<Call> calls;
   bool changing = false;
   bool gone = false;
+  bool woke_all = false;       // whatever lies where
   std::uint64_t boundary = 0;  // one mapping ends here, and another begins
   std::function<int(const Call&)> refuse = [](auto&) { return 0; };  // an errno for a call
   std::set<std::uint64_t> unmapped;                                  // page addresses
@@ -89,6 +90,7 @@ class FakeKernel final : public SystemCalls {
     const Call call{request, {Address(head->start), ByteCount(copies ? copy->len : head->len)}};
     const bool probe = call.range.start.value < kBase;
     if (!probe) calls.push_back(call);
+    if (probe && request == abi::kIoctlWake && call.range.end() >= pages(kPages).end()) woke_all = true;
     if (request == abi::kIoctlWake || request == abi::kIoctlRegister) return 0;
     if (request == abi::kIoctlUnregister) return gone ? -ENOMEM : 0;
     std::int64_t done = 0;
@@ -878,6 +880,12 @@ TEST_F(SessionTest, ASessionThatIsTakenUpAgainBringsWhatIsMissing) {
   }
   EXPECT_EQ(at(6), tag_of(6));
   EXPECT_EQ(at(20), std::byte{0});
+}
+
+TEST_F(SessionTest, ASessionThatIsTakenUpAgainWakesAlsoThreadsOutsideOfEveryRegion) {
+  // Such a fault may have been read by whoever served before, and no list has its address.
+  session_.wake_all();
+  EXPECT_TRUE(kernel_.woke_all);
 }
 
 }  // namespace
