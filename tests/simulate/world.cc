@@ -1,0 +1,541 @@
+#include "simulate/world.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <uffdkit/sim.h>
+#include <uffdkit/uffd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <set>
+#include <utility>
+
+#include "engine/session.h"
+#include "simulate/expected.h"
+
+namespace uffdkit::simulate {
+namespace {
+
+constexpr std::uint64_t kImagePages = 512;
+constexpr std::uint64_t kRegionPages = 48;
+constexpr int kThreads = 3;
+constexpr int kSteps = 600;
+constexpr int kStepsToRest = 50'000;
+constexpr std::uint64_t kFeatures = abi::kFeatureEventRemove | abi::kFeatureEventUnmap;
+
+// Thrown out of a system call: the manager is killed there.
+struct Killed {};
+
+std::size_t fill_number(unsigned long request) {
+  return request == abi::kIoctlCopy ? offsetof(abi::CopyArgs, done) : offsetof(abi::FillArgs, done);
+}
+
+class World;
+
+// The image. It answers at once, later or not at all, as the seed says.
+class SeededStore final : public Store {
+ public:
+  explicit SeededStore(World& world) : world_(world) {}
+  ByteCount size() const noexcept override { return ByteCount(kImagePages * kPage); }
+  std::string name() const override { return "image"; }
+  Extent extent_at(StoreOffset from) const noexcept override {
+    // Holes are known by pairs of pages only, so that zero pages are also found by reading.
+    const std::uint64_t page = from.value / kPage;
+    return {.zero = page % 6 == 2, .end = StoreOffset((page + 1) * kPage)};
+  }
+  Result<ReadStatus> read(StoreOffset from, std::span<std::byte> to, Wait wait) noexcept override;
+
+  std::set<std::uint64_t> failed;  // pages that could not be read
+
+ private:
+  World& world_;
+};
+
+// The seam: threads move between any two calls, the manager may be killed there, and bugs are planted.
+class ManagerCalls final : public SystemCalls {
+ public:
+  ManagerCalls(World& world, sim::Process& process) : world_(world), calls_(process.system_calls()) {}
+  int userfaultfd(int flags) override { return calls_.userfaultfd(flags); }
+  int open(const char* path, int flags) override { return calls_.open(path, flags); }
+  int ioctl(int fd, unsigned long request, std::uintptr_t argument) override;
+  std::ptrdiff_t read(int fd, void* buffer, std::size_t bytes) override;
+  int poll_readable(int fd, int timeout_ms) override { return calls_.poll_readable(fd, timeout_ms); }
+  int get_flags(int fd) override { return calls_.get_flags(fd); }
+  int duplicate(int fd) override { return calls_.duplicate(fd); }
+  int close(int fd) override { return calls_.close(fd); }
+  // Messages that a planted bug holds back.
+  bool holds(int fd) const { return held_.contains(fd); }
+
+ private:
+  World& world_;
+  SystemCalls& calls_;
+  // A COPY that now and then stops half-way, as it does when memory is short.
+  int copy(int fd, std::uintptr_t argument);
+
+  bool was_present_ = false;
+  std::map<int, std::vector<abi::Msg>> held_;
+};
+
+// A client, and the session that serves it.
+struct Client final : SessionHost {
+  struct Doing {
+    enum class Kind : std::uint8_t { nothing, access, advise, unmap };
+    Kind kind = Kind::nothing;
+    sim::Access access{};
+    AddressRange range{};
+    bool begun = false;
+  };
+  struct Worker {
+    sim::Thread* thread;
+    Doing doing{};
+  };
+
+  Client(World& its_world, sim::Process& its_process) : world(its_world), process(its_process) {}
+
+  // SessionHost
+  std::int64_t now_ns() override;
+  std::span<std::byte> scratch() override { return scratch_memory; }
+  void start_fetch(StoreLane&, std::unique_ptr<Fetch> fetch) override { reading.push_back(std::move(fetch)); }
+  bool kill_client() override {
+    process.kill();
+    return true;
+  }
+  void forked(std::unique_ptr<ForkedSession>) override {}
+  void page_failed(const Error&) override {}
+  void detach_failed(const Error&) override {}
+  void warn(const std::string&) override {}
+
+  World& world;
+  sim::Process& process;
+  std::optional<Uffd> kept;  // the client's own descriptor, by which a successor takes up
+  std::vector<Worker> workers;
+  ExpectedMemory memory;
+  std::unique_ptr<Session> session;
+  Session::Next next{.again = true};
+  bool shares = false;  // its memory, with another client
+  bool mail = false;
+  bool was_alive = true;
+  std::vector<std::unique_ptr<Fetch>> reading;
+  std::vector<std::byte> scratch_memory = std::vector<std::byte>(kFetchGranulesMax * kPage);
+};
+
+class World {
+ public:
+  World(std::uint64_t seed, Bug planted) : bug(planted), random_(seed), kernel_({.seed = seed}) {
+    store_ = std::make_shared<SeededStore>(*this);
+    lane_ = StoreLane::create(store_).value();
+    new_manager();
+    const std::uint64_t count = draw(3);
+    for (std::uint64_t i = 0; i < count; ++i) add_client(nullptr, draw(kImagePages - kRegionPages));
+    if (count > 0 && one_in(2)) return;
+    // Two that share their memory: what is put there for one is there for the other, whose threads nobody
+    // wakes by that.
+    const sim::ObjectPtr object = kernel_.make_shmem(ByteCount(kRegionPages * kPage));
+    const std::uint64_t first = draw(kImagePages - kRegionPages);
+    for (int i = 0; i < 2; ++i) add_client(object, first);
+  }
+
+  Found run() {
+    for (int step = 0; step < kSteps && wrong_.empty(); ++step) {
+      act();
+      check();
+    }
+    come_to_rest();
+    look_at_everything();
+    return {.wrong = wrong_, .events = std::move(events_), .bytes_checked = bytes_checked_};
+  }
+
+  std::uint64_t draw(std::uint64_t below) { return random_() % below; }
+  bool one_in(std::uint64_t n) { return draw(n) == 0; }
+  std::int64_t now_ns() const { return now_ns_; }
+  bool at_rest() const { return at_rest_; }
+
+  // Between two system calls of the manager.
+  void between_calls() {
+    for (std::uint64_t turns = draw(4); turns > 0 && turn();) --turns;
+    if (calls_to_live_ > 0 && --calls_to_live_ == 0) throw Killed{};
+  }
+
+  const Bug bug;
+
+ private:
+  void note(std::string text) { events_.push_back(std::move(text)); }
+  void fail(std::string text) {
+    if (wrong_.empty()) wrong_ = std::move(text);
+  }
+
+  void new_manager() {
+    manager_ = &kernel_.spawn();
+    calls_ = std::make_unique<ManagerCalls>(*this, *manager_);
+  }
+
+  void add_client(const sim::ObjectPtr& shared, std::uint64_t first) {
+    sim::Process& process = kernel_.spawn();
+    auto client = std::make_unique<Client>(*this, process);
+    client->kept = Uffd::create({.required = Features(kFeatures)}, process.system_calls()).value();
+    client->shares = shared != nullptr;
+    const sim::Memory kind = shared      ? sim::Memory::shmem_shared
+                             : one_in(2) ? sim::Memory::anonymous
+                                         : sim::Memory::shmem_private;
+    const ByteCount length(kRegionPages * kPage);
+    const AddressRange range{process.map({.memory = kind, .length = length, .object = shared}).value(),
+                             length};
+    client->kept->register_range(range, kMissing).value();
+    client->memory.add(range, first);
+    for (int i = 0; i < kThreads; ++i) client->workers.push_back({.thread = &process.spawn_thread()});
+    serve(*client, SessionState::create("image").value());
+    client->session->add_region(range, StoreOffset(first * kPage), kPage4K, lane_).value();
+    clients_.push_back(std::move(client));
+  }
+
+  // What a manager does with a client that arrives or comes back.
+  void serve(Client& client, SessionState state) {
+    const int fd = client.process.pass_descriptor(client.kept->fd(), *manager_);
+    std::vector<std::shared_ptr<StoreLane>> lanes;
+    for (const RegionRecord& region : state.regions()) lanes.push_back(region.live ? lane_ : nullptr);
+    client.session = std::make_unique<Session>(
+        Uffd::receive(fd, *calls_).value(), std::move(state), std::move(lanes),
+        SessionOptions{.fault_around = PageCount(std::uint64_t{1} << draw(5))}, client);
+    client.next = {.again = true};
+  }
+
+  // ---- what happens
+
+  void act() {
+    Client& client = *clients_[draw(clients_.size())];
+    switch (draw(16)) {
+      case 0:
+        now_ns_ += static_cast<std::int64_t>(draw(1'000'000));
+        break;
+      case 1:
+      case 2:
+        give_back_a_fetch(client);
+        break;
+      case 3:
+        if (calls_to_live_ == 0 && one_in(20)) calls_to_live_ = 1 + static_cast<int>(draw(12));
+        break;
+      case 4:
+        if (one_in(100)) kill(client);
+        break;
+      case 5:
+      case 6:
+      case 7:
+      case 8:
+        if (is_due(client)) step(client);
+        break;
+      case 9:
+      case 10:
+        turn();
+        break;
+      default:
+        begin_something(client);
+    }
+  }
+
+  void kill(Client& client) {
+    note(fmt::format("process {} is killed", client.process.pid()));
+    client.process.kill();
+  }
+
+  void begin_something(Client& client) {
+    Client::Worker& worker = client.workers[draw(client.workers.size())];
+    if (worker.thread->state() != sim::Thread::State::idle || client.memory.pages().empty()) return;
+    auto page = client.memory.pages().begin();
+    std::advance(page, static_cast<std::ptrdiff_t>(draw(client.memory.pages().size())));
+    const Address address(page->first);
+    Client::Doing doing{};
+    // Of what clients share, one session would not hear what the other's client changes.
+    const std::uint64_t what = client.shares ? 8 + draw(25) : draw(40);
+    if (what < 33) {
+      doing = {.kind = Client::Doing::Kind::access,
+               .access = {.address = address + ByteCount(draw(kPage)),
+                          .write = what < 8,
+                          .kernel_mode = one_in(6),
+                          .value = static_cast<std::byte>(draw(256))}};
+      worker.thread->access(doing.access);
+    } else {
+      doing.range = {address, ByteCount((1 + draw(6)) * kPage)};
+      // Threads of one process that change the same memory at once get what they get.
+      for (const Client::Worker& other : client.workers)
+        if (other.doing.kind > Client::Doing::Kind::access && other.doing.range.overlaps(doing.range)) return;
+      doing.kind = what == 39 ? Client::Doing::Kind::unmap : Client::Doing::Kind::advise;
+      if (what == 39) {
+        worker.thread->unmap(doing.range);
+      } else {
+        client.memory.begin_leaving(doing.range);
+        worker.thread->advise(doing.range, sim::Advice::dont_need);
+      }
+    }
+    note(fmt::format("thread {}: {} {:#x}+{:#x}", worker.thread->tid(), static_cast<int>(doing.kind),
+                     address.value, doing.range.length.value));
+    worker.doing = doing;
+  }
+
+  bool is_readable(const Client& client) {
+    const int fd = client.session->uffd().fd();
+    return calls_->holds(fd) || manager_->system_calls().poll_readable(fd, 0) != 0;
+  }
+  bool is_due(const Client& client) {
+    if (!client.session || client.session->end()) return false;
+    return client.next.again || client.mail || client.process.alive() != client.was_alive ||
+           (client.next.wake_at_ns != 0 && client.next.wake_at_ns <= now_ns_) || is_readable(client);
+  }
+
+  void step(Client& client) {
+    try {
+      client.mail = false;
+      if (client.process.alive() != client.was_alive) client.session->check_target();
+      client.was_alive = client.process.alive();
+      client.next = client.session->step();
+    } catch (const Killed&) {
+      succeed();
+    }
+  }
+
+  void give_back_a_fetch(Client& client) {
+    if (!client.session || client.session->end()) client.reading.clear();
+    if (client.reading.empty()) return;
+    const auto chosen = client.reading.begin() + static_cast<std::ptrdiff_t>(draw(client.reading.size()));
+    std::unique_ptr<Fetch> fetch = std::move(*chosen);
+    client.reading.erase(chosen);
+    read_fetch(*fetch);
+    if (bug == Bug::stale_fetch) forget_removals(client, *fetch);
+    client.session->fetched(std::move(fetch));
+    client.mail = true;
+  }
+
+  // As an engine would that does not know what was removed while it read.
+  static void forget_removals(Client& client, const Fetch& fetch) {
+    auto& state = const_cast<SessionState&>(client.session->state());
+    for (RegionId id = 0; id < state.regions().size(); ++id) {
+      if (!state.regions()[id].live) continue;
+      const PageIndex first((fetch.from - state.regions()[id].offset).value / kPage);
+      state.table(id).set({first, fetch.granules}, PageState::fetching);
+    }
+  }
+
+  // The manager is dead. Another takes up what it left.
+  void succeed() {
+    note("the manager is killed, and another takes up");
+    calls_to_live_ = 0;
+    std::vector<std::pair<Client*, UniqueFd>> left;
+    for (const auto& client : clients_) {
+      if (client->session && !client->session->end())
+        left.emplace_back(client.get(), UniqueFd(::fcntl(client->session->state().fd(), F_DUPFD_CLOEXEC, 0)));
+      client->session.reset();
+      client->reading.clear();
+    }
+    manager_->kill();
+    new_manager();
+    for (auto& [client, file] : left) {
+      if (!client->process.alive()) continue;
+      serve(*client, SessionState::open(std::move(file)).value());
+      client->session->wake_all();
+    }
+  }
+
+  // ---- what must come of it
+
+  // One turn of one thread; what it has done is looked at at once, so that all is in a known order.
+  bool turn() {
+    if (!kernel_.step()) return false;
+    for (const auto& client : clients_)
+      for (Client::Worker& worker : client->workers) look_at(*client, worker);
+    return true;
+  }
+
+  void look_at(Client& client, Client::Worker& worker) {
+    Client::Doing& doing = worker.doing;
+    const sim::Thread::State state = worker.thread->state();
+    if (doing.kind == Client::Doing::Kind::nothing || state == sim::Thread::State::dead) return;
+    if (state != sim::Thread::State::runnable && !std::exchange(doing.begun, true) &&
+        doing.kind == Client::Doing::Kind::unmap)
+      client.memory.forget(doing.range);
+    if (state != sim::Thread::State::idle) return;
+    const sim::Completion ended = worker.thread->last().value();
+    const Client::Doing done = std::exchange(doing, {});
+    if (done.kind == Client::Doing::Kind::advise)
+      client.memory.end_leaving(done.range, ended.result == 0);
+    else if (done.kind == Client::Doing::Kind::access)
+      look_at_access(client, done.access, ended);
+  }
+
+  void look_at_access(Client& client, const sim::Access& access, const sim::Completion& ended) {
+    ExpectedPage* page = client.memory.find(access.address);
+    const std::uint64_t offset = access.address.value % kPage;
+    if (ended.kind == sim::Completion::Kind::value) {
+      if (page == nullptr) return fail(fmt::format("{:#x} is there after munmap", access.address.value));
+      if (access.write) return page->write(offset, std::to_integer<std::uint8_t>(access.value));
+      ++bytes_checked_;
+      if (!page->possible(offset).test(std::to_integer<std::size_t>(ended.value)))
+        fail(fmt::format("{:#x} of process {} reads as {}, which it must not", access.address.value,
+                         client.process.pid(), sim::to_string(ended)));
+      return;
+    }
+    const bool may_fail = page == nullptr || (page->image && store_->failed.contains(*page->image));
+    if (!may_fail)
+      fail(fmt::format("{:#x} of process {}: {}", access.address.value, client.process.pid(),
+                       sim::to_string(ended)));
+  }
+
+  void check() {
+    for (const std::string& text : kernel_.violations()) fail(text);
+    for (const auto& client : clients_) {
+      if (!client->process.alive()) continue;
+      for (const Client::Worker& worker : client->workers) {
+        const sim::Thread::State state = worker.thread->state();
+        const bool asleep =
+            state == sim::Thread::State::fault_sleep || state == sim::Thread::State::event_sleep;
+        if (!asleep || is_due(*client) || client->next.wake_at_ns != 0 || !client->reading.empty()) continue;
+        fail(fmt::format("thread {} is {}, and nothing is under way for it", worker.thread->tid(),
+                         sim::to_string(state)));
+      }
+    }
+  }
+
+  // Nothing new is begun; all that is under way comes to its end.
+  void come_to_rest() {
+    at_rest_ = true;
+    calls_to_live_ = 0;
+    for (int steps = 0; steps < kStepsToRest && wrong_.empty(); ++steps) {
+      bool moved = turn();
+      for (const auto& client : clients_) {
+        if (!client->reading.empty()) {
+          give_back_a_fetch(*client);
+          moved = true;
+        }
+        if (is_due(*client)) {
+          step(*client);
+          moved = true;
+        }
+      }
+      check();
+      if (moved) continue;
+      std::int64_t soonest = 0;
+      for (const auto& client : clients_)
+        if (client->session && !client->session->end() && client->next.wake_at_ns > now_ns_ &&
+            (soonest == 0 || client->next.wake_at_ns < soonest))
+          soonest = client->next.wake_at_ns;
+      if (soonest == 0) return;
+      now_ns_ = soonest;
+    }
+    fail("it does not come to rest");
+  }
+
+  void look_at_everything() {
+    for (const auto& client : clients_) {
+      if (!client->process.alive()) continue;
+      std::vector<Address> addresses;
+      for (const auto& [address, page] : client->memory.pages()) addresses.emplace_back(address);
+      Client::Worker& worker = client->workers.front();
+      for (const Address address : addresses) {
+        if (!wrong_.empty() || worker.thread->state() != sim::Thread::State::idle) break;
+        worker.doing = {.kind = Client::Doing::Kind::access, .access = {.address = address + ByteCount(7)}};
+        worker.thread->access(worker.doing.access);
+        come_to_rest();
+      }
+    }
+  }
+
+  std::mt19937_64 random_;
+  sim::Kernel kernel_;
+  std::shared_ptr<SeededStore> store_;
+  std::shared_ptr<StoreLane> lane_;
+  sim::Process* manager_ = nullptr;
+  std::unique_ptr<ManagerCalls> calls_;
+  std::vector<std::unique_ptr<Client>> clients_;
+  std::int64_t now_ns_ = 1;
+  int calls_to_live_ = 0;
+  bool at_rest_ = false;
+  std::string wrong_;
+  std::vector<std::string> events_;
+  std::size_t bytes_checked_ = 0;
+};
+
+std::int64_t Client::now_ns() {
+  return world.now_ns();
+}
+
+Result<ReadStatus> SeededStore::read(StoreOffset from, std::span<std::byte> to, Wait wait) noexcept {
+  if (wait == Wait::no && world_.one_in(2)) return ReadStatus::would_block;
+  const std::uint64_t first = from.value / kPage;
+  if (wait == Wait::yes && !world_.at_rest() && world_.one_in(20)) {
+    for (std::uint64_t i = 0; i < to.size() / kPage; ++i) failed.insert(first + i);
+    return Failure(Error("the seed says so", EIO));
+  }
+  for (std::size_t at = 0; at < to.size(); at += 512)
+    std::memset(to.data() + at, image_byte(first + at / kPage, at % kPage), 512);
+  return ReadStatus::done;
+}
+
+int ManagerCalls::copy(int fd, std::uintptr_t argument) {
+  abi::CopyArgs args;
+  std::memcpy(&args, reinterpret_cast<const void*>(argument), sizeof args);
+  const std::uint64_t asked = args.len;
+  const bool cut = asked > kPage && world_.one_in(8);
+  if (cut) args.len = (1 + world_.draw(asked / kPage - 1)) * kPage;
+  int result = calls_.ioctl(fd, abi::kIoctlCopy, reinterpret_cast<std::uintptr_t>(&args));
+  if (cut && result == 0) result = -EAGAIN;
+  args.len = asked;
+  std::memcpy(reinterpret_cast<void*>(argument), &args, sizeof args);
+  return result;
+}
+
+int ManagerCalls::ioctl(int fd, unsigned long request, std::uintptr_t argument) {
+  world_.between_calls();
+  if (world_.bug == Bug::no_wake_after_present && request == abi::kIoctlWake && was_present_) return 0;
+  int result = request == abi::kIoctlCopy ? copy(fd, argument) : calls_.ioctl(fd, request, argument);
+  was_present_ = result == -EEXIST;
+  if (result == -EAGAIN && (request == abi::kIoctlCopy || request == abi::kIoctlZeropage)) {
+    std::int64_t done = 0;
+    std::memcpy(&done, reinterpret_cast<void*>(argument + fill_number(request)), sizeof done);
+    if (world_.bug == Bug::short_copy_taken_for_whole && done > 0) result = 0;
+    if (world_.bug == Bug::refused_fault_forgotten && done < 0) result = 0;
+  }
+  world_.between_calls();
+  return result;
+}
+
+std::ptrdiff_t ManagerCalls::read(int fd, void* buffer, std::size_t bytes) {
+  world_.between_calls();
+  if (world_.bug != Bug::fault_before_older_remove) return calls_.read(fd, buffer, bytes);
+  // Removes are handed over by the read after the next.
+  auto* messages = static_cast<abi::Msg*>(buffer);
+  const std::vector<abi::Msg> late = std::exchange(held_[fd], {});
+  held_.erase(fd);
+  if (!late.empty()) {
+    std::ranges::copy(late, messages);
+    return static_cast<std::ptrdiff_t>(late.size() * sizeof(abi::Msg));
+  }
+  const std::ptrdiff_t got = calls_.read(fd, buffer, bytes);
+  if (got <= 0 || bytes < sizeof(abi::Msg) || got % static_cast<std::ptrdiff_t>(sizeof(abi::Msg)) != 0)
+    return got;
+  std::size_t kept = 0;
+  for (std::size_t i = 0; i < static_cast<std::size_t>(got) / sizeof(abi::Msg); ++i) {
+    if (messages[i].event == abi::kEventRemove)
+      held_[fd].push_back(messages[i]);
+    else
+      messages[kept++] = messages[i];
+  }
+  return kept == 0 ? -EAGAIN : static_cast<std::ptrdiff_t>(kept * sizeof(abi::Msg));
+}
+
+}  // namespace
+
+Found run(std::uint64_t seed, Bug bug) {
+  World world(seed, bug);
+  return world.run();
+}
+
+std::uint64_t first_seed_that_finds(Bug bug, std::uint64_t most) {
+  for (std::uint64_t seed = 1; seed <= most; ++seed)
+    if (!run(seed, bug).wrong.empty()) return seed;
+  return 0;
+}
+
+}  // namespace uffdkit::simulate
