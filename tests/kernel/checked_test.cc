@@ -53,7 +53,7 @@ std::string poison_rule(const Uffd& uffd, AddressRange range) {
 // That the rule is named, and that it is not made up.
 void expect_move_breaks(const char* rule, const Uffd& uffd, Address to, AddressRange from) {
   EXPECT_EQ(move_rule(uffd, to, from), rule);
-  const Outcome raw = uffd.move(to, from);
+  const Outcome raw = uffd.move(to, from, Wake::yes, SourceHoles::allow);
   EXPECT_TRUE(raw.stop == Stop::invalid || raw.stop == Stop::not_ready) << to_string(raw.stop);
 }
 
@@ -359,7 +359,8 @@ TEST(Checked, NamesAViolationExactlyWhenTheKernelRefusesAtRandom) {
         ++done;
         continue;
       }
-      const Outcome raw = moves ? uffd.move(to, from) : uffd.poison({to, length});
+      const Outcome raw =
+          moves ? uffd.move(to, from, Wake::yes, SourceHoles::allow) : uffd.poison({to, length});
       EXPECT_TRUE(raw.stop == Stop::invalid || raw.stop == Stop::not_ready)
           << checked->violation->error().text() << ": " << to_string(raw.stop);
       ++refused;
