@@ -26,8 +26,8 @@
 // Lifetime: the Kernel owns all processes and threads; references stay valid until it is destroyed. What
 // uses system_calls() (a Uffd) must be destroyed before it.
 //
-// Not modelled: transparent huge pages, swap, memory pressure, page migration, GUP pins, ptrace,
-// PAGEMAP_SCAN. Compared with Linux 6.18 by tests/differential; docs/userfaultfd.md explains the mechanism.
+// Not modelled: transparent huge pages, swap, memory pressure, page migration, GUP pins,
+// ptrace. Compared with Linux 6.18 by tests/differential; docs/userfaultfd.md explains the mechanism.
 #pragma once
 
 #include <uffdkit/abi.h>

@@ -4,10 +4,12 @@
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
+#include <string>
 #include <string_view>
 
 #include "sim/access_rules.h"
 #include "sim/machine.h"
+#include "sim/pagemap.h"
 
 namespace uffdkit::sim {
 namespace {
@@ -33,6 +35,7 @@ class SimulatedCalls final : public SystemCalls {
       const int allowed = may_open_device(process_.credentials(), options().device, options().version);
       return allowed < 0 ? allowed : table().install(std::make_shared<DeviceFile>(), flags);
     }
+    if (name.starts_with("/proc/") && name.ends_with("/pagemap")) return open_pagemap(name, flags);
     if (!name.starts_with(kFdinfo)) return -ENOENT;
     int fd = -1;
     const char* end = name.data() + name.size();
@@ -90,6 +93,22 @@ class SimulatedCalls final : public SystemCalls {
   }
 
  private:
+  // Another process's needs the right to ptrace it: CAP_SYS_PTRACE, or the same user.
+  // Source: ptrace(2), "Ptrace access mode checking".
+  int open_pagemap(std::string_view path, int flags) {
+    const std::string_view who = path.substr(6, path.size() - 6 - std::string_view("/pagemap").size());
+    for (const auto& process : process_.machine().processes) {
+      if (who == "self" ? process.get() != &process_ : who != std::to_string(process->pid())) continue;
+      if (!process->alive()) break;
+      const Credentials& caller = process_.credentials();
+      const bool allowed =
+          process.get() == &process_ || caller.cap_sys_ptrace ||
+          (caller.uid == process->credentials().uid && !process->credentials().cap_sys_ptrace);
+      return allowed ? table().install(std::make_shared<PagemapFile>(process->space()), flags) : -EACCES;
+    }
+    return -ENOENT;
+  }
+
   KernelOptions& options() { return process_.machine().options; }
   DescriptorTable& table() { return *process_.descriptors(); }
 

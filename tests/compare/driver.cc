@@ -120,6 +120,31 @@ std::string Driver::ioctl_text(const Operation& o, int fd) {
   }
 }
 
+std::string Driver::scan_text(const Operation& o) {
+  if (!target_alive()) return "the target is dead";
+  const int pagemap = open_pagemap();
+  std::array<abi::PageRegion, 8> found{};
+  abi::ScanArgs args{.size = sizeof(args),
+                     .flags = o.mode,
+                     .start = o.start,
+                     .end = o.start + o.length,
+                     .walk_end = 0,
+                     .vec = o.value == 0 ? 0 : reinterpret_cast<std::uintptr_t>(found.data()),
+                     .vec_len = o.value,
+                     .max_pages = o.new_length,
+                     .category_inverted = o.inverted,
+                     .category_mask = o.mask,
+                     .category_anyof_mask = o.any_of,
+                     .return_mask = o.report};
+  const int result = ioctl(false, pagemap, abi::kIoctlPagemapScan, &args);
+  close(pagemap);
+  if (result < 0) return name_of(-result);
+  std::string text = fmt::format("{} ranges, walked to {:#x}", result, args.walk_end);
+  for (const abi::PageRegion& region : std::span(found).first(static_cast<std::size_t>(result)))
+    text += fmt::format(" [{:#x}, {:#x}) {:#x}", region.start, region.end, region.categories);
+  return text;
+}
+
 std::string Driver::read_messages(const Operation& operation, bool order_is_open) {
   const int fd = uffds_[static_cast<std::size_t>(operation.uffd)];
   std::vector<SeenMessage> seen;
@@ -167,6 +192,8 @@ std::string Driver::carry_out(const Operation& operation, bool order_is_open) {
     case Verb::writeprotect:
     case Verb::move:
       return fd < 0 ? "no such uffd" : ioctl_text(operation, fd);
+    case Verb::scan:
+      return scan_text(operation);
     case Verb::read:
       return fd < 0 ? "no such uffd" : read_messages(operation, order_is_open);
     case Verb::poll:

@@ -35,6 +35,8 @@ class Driver : public Machine {
   virtual std::ptrdiff_t read(int fd, std::span<abi::Msg> messages) = 0;
   virtual int poll(int fd) = 0;
   virtual void close(int fd) = 0;
+  // A descriptor of the target's /proc/PID/pagemap, opened by the manager.
+  virtual int open_pagemap() = 0;
   // pending and total of fdinfo.
   virtual std::string waiting(int fd) = 0;
 
@@ -61,6 +63,7 @@ class Driver : public Machine {
   std::string carry_out(const Operation& operation, bool order_is_open);
   std::string read_messages(const Operation& operation, bool order_is_open);
   std::string ioctl_text(const Operation& operation, int fd);
+  std::string scan_text(const Operation& operation);
   std::string create_text(const Operation& operation);
   std::string thread_operation(const Operation& operation);
   int add_uffd(int fd);

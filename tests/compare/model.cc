@@ -23,6 +23,10 @@ class Model final : public Driver {
         huge_(huge) {
     for (int i = 0; i < kThreads; ++i) threads_[static_cast<std::size_t>(i)] = &target_.spawn_thread();
     agent_ = &target_.spawn_thread();
+    // As in the real target: this page keeps the page table there.
+    CHECK(target_.map({.length = ByteCount(4096), .fixed = Address(kAnchor)}));
+    agent_->access({.address = Address(kAnchor), .write = true});
+    CHECK(kernel_.run());
     for (int place = 0; place < kAreas; ++place)
       files_.push_back(kernel_.make_shmem(ByteCount(kAreaPages * 4096)));
     for (int place = 0; huge && place < kHugeAreas; ++place)
@@ -57,6 +61,11 @@ class Model final : public Driver {
   void close(int fd) override {
     manager_.system_calls().close(fd);
     open_.erase(fd);
+  }
+  int open_pagemap() override {
+    const int fd = manager_.system_calls().open(fmt::format("/proc/{}/pagemap", target_.pid()).c_str(), 0);
+    CHECK(fd >= 0);
+    return fd;
   }
   std::string waiting(int fd) override {
     const auto [pending, total] = counts(fd);

@@ -134,6 +134,26 @@ class Generator {
     return operation;
   }
 
+  Operation scan() {
+    Operation operation{.verb = Verb::scan};
+    range(operation);
+    if (chance(40)) {
+      operation.start = area_start(operation.place);
+      operation.length = kAreaPages * page();
+    }
+    operation.mode = one_of(std::array<std::uint64_t, 6>{0, 0, 1, 1, 2, 3});
+    if (chance(1)) operation.mode |= 4;
+    const std::uint64_t all = abi::kPageSoftDirty - 1;  // all but soft-dirty, which not every kernel has
+    operation.mask = chance(60) ? abi::kPageWritten : random_() & random_() & random_() & all;
+    operation.report = chance(50) ? abi::kPageWritten : random_() & all;
+    if (chance(25)) operation.inverted = random_() & random_() & all;
+    if (chance(25)) operation.any_of = random_() & all;
+    if (chance(1)) operation.report |= std::uint64_t{1} << 20;
+    operation.value = static_cast<std::uint8_t>(chance(50) ? 8 : below(4));
+    if (chance(40)) operation.new_length = 1 + below(6);
+    return operation;
+  }
+
   Operation access() {
     Operation operation{.verb = Verb::access};
     operation.thread = thread();
@@ -174,7 +194,8 @@ class Generator {
 
   Operation any() {
     const std::uint64_t pick = below(100);
-    if (pick < 30) return access();
+    if (pick < 26) return access();
+    if (pick < 30) return huge_ ? access() : scan();
     if (pick < 42) {
       Operation operation{.verb = Verb::read};
       operation.uffd = uffd();
@@ -295,6 +316,11 @@ std::string to_string(const Operation& o) {
       return ioctl("WRITEPROTECT");
     case Verb::move:
       return ioctl("MOVE") + " from " + place_of(o.other);
+    case Verb::scan:
+      return fmt::format(
+          "PAGEMAP_SCAN {}, flags {}, mask {:#x}, inverted {:#x}, any of {:#x}, report {:#x}, "
+          "{} entries, at most {} pages",
+          range_of(o), o.mode, o.mask, o.inverted, o.any_of, o.report, o.value, o.new_length);
     case Verb::access:
       return fmt::format("thread {}: {} {}{}", o.thread, o.write ? "write" : "read", place_of(o.start),
                          o.kernel_mode ? " in kernel mode" : "");

@@ -45,6 +45,7 @@ enum class Verb : std::uint8_t {
   poison,
   writeprotect,
   move,
+  scan,
   access,
   advise,
   unmap,
@@ -75,6 +76,11 @@ struct Operation {
   std::uint64_t other = 0;  // MOVE's source, mremap's target; flags of create
   std::uint64_t new_length = 0;
   std::uint8_t value = 0;  // what is written or copied
+  // scan: flags are in mode, the size of the vector in value, max_pages in new_length.
+  std::uint64_t mask = 0;
+  std::uint64_t inverted = 0;
+  std::uint64_t any_of = 0;
+  std::uint64_t report = 0;
   bool write = false;
   bool kernel_mode = false;
   bool by_target = false;   // the ioctl is made by the target itself, not by the manager

@@ -375,6 +375,11 @@ class Real final : public Driver {
   }
   int poll(int fd) override { return linux_system_calls().poll_readable(fd, 0); }
   void close(int fd) override { ::close(fd); }
+  int open_pagemap() override {
+    const int fd = ::open(fmt::format("/proc/{}/pagemap", target_).c_str(), O_RDONLY | O_CLOEXEC);
+    CHECK(fd >= 0);
+    return fd;
+  }
   std::string waiting(int fd) override {
     const std::string text = read_text(fmt::format("/proc/self/fdinfo/{}", fd));
     int pending = -1;
@@ -490,8 +495,7 @@ class Real final : public Driver {
   bool target_alive() override { return !target_dead_; }
 
   std::string pagemap() override {
-    const int fd = ::open(fmt::format("/proc/{}/pagemap", target_).c_str(), O_RDONLY | O_CLOEXEC);
-    CHECK(fd >= 0);
+    const int fd = open_pagemap();
     std::string text;
     const auto add = [&](std::uint64_t first, std::uint64_t pages, std::uint64_t size) {
       for (std::uint64_t i = 0; i < pages; ++i) {
