@@ -336,6 +336,21 @@ TEST_F(SessionTest, MoreFaultsThanAreKeptAreWokenLater) {
   for (std::uint64_t page = 0; page < 1024; ++page) ASSERT_TRUE(at(2048 + page)) << page;
 }
 
+TEST_F(SessionTest, AFloodOfLargeRemovalsIsTakenInPartsSoThatOthersGetTheirTurn) {
+  constexpr std::uint64_t kMany = 1u << 20;
+  constexpr std::uint64_t kMessages = 256;
+  auto large = std::make_shared<FakeStore>(kMany);
+  ASSERT_TRUE(
+      session_.add_region(pages(5000, kMany), StoreOffset(0), kPage4K, StoreLane::create(large).value()));
+  for (std::uint64_t i = 0; i < kMessages; ++i) kernel_.removed(pages(5000, kMany));
+  kernel_.fault(pages(6));
+  EXPECT_TRUE(session_.step().again);
+  EXPECT_LE(counter(counters().events), kMessages / 4);
+  settle();
+  EXPECT_EQ(counter(counters().events), kMessages);
+  EXPECT_EQ(at(6), tag_of(6));
+}
+
 TEST_F(SessionTest, AStoreThatIsStuckCostsNoProcessorTimeAndHoldsUpNoOther) {
   store_->cached = false;
   auto other = std::make_shared<FakeStore>();
