@@ -187,8 +187,12 @@ void Session::begin_end(SessionEnd end) {
   if (ending_) return;
   ending_ = end;
   ending_since_ns_ = host_.now_ns();
-  pending_.clear();
   unregister_all();
+  // Threads wait outside of all segments, too (see wake_all()).
+  for (const Pending& pending : pending_)
+    if (state_.layout().find(pending.page) == nullptr)
+      (void)uffd_.unregister_range({pending.page, kPage4K.bytes()});
+  pending_.clear();
 }
 
 void Session::finish_ending() {

@@ -841,6 +841,32 @@ TEST_F(SessionTest, ReleasingEndsWhenNoThreadWaitsForItsEventAnyMore) {
   EXPECT_EQ(session_.end(), SessionEnd::released);
 }
 
+TEST_F(SessionTest, ReleasingWakesThreadsWhoseFaultsWerePutOff) {
+  kernel_.changing = true;
+  kernel_.fault(pages(6));
+  kernel_.fault(pages(7), abi::kPagefaultWp | abi::kPagefaultWrite);
+  kernel_.fault(pages(8), abi::kPagefaultMinor);
+  kernel_.fault(pages(3000));  // outside of every region
+  settle();
+  EXPECT_EQ(counter(counters().pending), 4u);
+  for (const std::uint64_t page : {6u, 7u, 8u, 3000u}) ASSERT_FALSE(kernel_.woke(pages(page))) << page;
+  session_.release();
+  for (const std::uint64_t page : {6u, 7u, 8u, 3000u}) EXPECT_TRUE(kernel_.woke(pages(page))) << page;
+}
+
+TEST_F(SessionTest, DetachingWakesThreadsWhoseFaultsWerePutOff) {
+  kernel_.changing = true;
+  kernel_.fault(pages(7), abi::kPagefaultWp | abi::kPagefaultWrite);
+  kernel_.fault(pages(8), abi::kPagefaultMinor);
+  settle();
+  session_.begin_detach(Unreadable::poison);
+  kernel_.changing = false;
+  run_out();
+  EXPECT_EQ(session_.end(), SessionEnd::detached);
+  EXPECT_TRUE(kernel_.woke(pages(7)));
+  EXPECT_TRUE(kernel_.woke(pages(8)));
+}
+
 TEST_F(SessionTest, ReleasingEndsThoughTheClientNeverStopsChanging) {
   kernel_.changing = true;
   session_.release();
