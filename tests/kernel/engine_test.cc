@@ -1,10 +1,13 @@
 // The engine's threads, against the running kernel.
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 #include <uffdkit/store.h>
 #include <uffdkit/uffd.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstring>
+#include <functional>
 #include <thread>
 
 #include "engine/engine.h"
@@ -80,6 +83,54 @@ TEST(Engine, AClientThatHoldsUpEveryWorkerDelaysNobodyElse) {
   blocking->open.notify_all();
   waiting.join();
   EXPECT_EQ(seen, 7);
+}
+
+// Threads that wait in faults which somebody else has read, when the session ends.
+class WaitingAtTheEnd : public testing::Test {
+ protected:
+  // Hands over memory in which a writer waits for a protected page and a reader in a minor fault, has `end`
+  // end the session, and waits for both.
+  static void run(const std::function<void(Engine&, SessionId)>& end) {
+    UFFD_OR_SKIP(uffd, test::user_faults(abi::kFeaturePagefaultFlagWp | abi::kFeatureMinorShmem));
+    const test::Mapping written = test::Mapping::anonymous(4096);
+    const UniqueFd file = test::memory_file(4096);
+    const test::Mapping mapped = test::Mapping::of_file(file.get(), 4096, MAP_SHARED);
+    written.write(0, std::byte{1});
+    ASSERT_EQ(pwrite(file.get(), test::page_of(4).data(), 4096, 0), 4096);
+    ASSERT_TRUE(uffd.register_range(written.range(), kMissing | kWriteProtect));
+    ASSERT_TRUE(uffd.register_range(mapped.range(), kMissing | kMinor));
+    ASSERT_EQ(uffd.protect(written.range()).stop, Stop::complete);
+    test::Background writer(uffd, written.range(), [&] { written.write(0, std::byte{2}); });
+    ASSERT_EQ(test::next_fault(uffd).kind, Fault::Kind::write_protect);
+    test::Background reader(uffd, mapped.range(), [&] { EXPECT_EQ(mapped.read(0), std::byte{4}); });
+    ASSERT_EQ(test::next_fault(uffd).kind, Fault::Kind::minor);
+
+    NoListener listener;
+    auto engine = Engine::create({.workers = 1}, listener).value();
+    const auto session = engine->attach({.uffd = Uffd::receive(dup(uffd.fd())).value(),
+                                         .state = SessionState::create("test").value(),
+                                         .regions = {{.memory = written.range(), .offset = StoreOffset(0)},
+                                                     {.memory = mapped.range(), .offset = StoreOffset(4096)}},
+                                         .lane = StoreLane::create(std::make_shared<BlockingStore>()).value(),
+                                         .process = std::nullopt});
+    ASSERT_TRUE(session);
+    end(*engine, *session);
+    writer.join();
+    reader.join();
+    EXPECT_EQ(written.read(0), std::byte{2});
+  }
+};
+
+TEST_F(WaitingAtTheEnd, DetachingAnswersThem) {
+  run([](Engine& engine, SessionId session) {
+    engine.begin_detach(session, Unreadable::poison, [](const Result<void>& done) { EXPECT_TRUE(done); });
+  });
+}
+
+TEST_F(WaitingAtTheEnd, ReleasingAnswersThem) {
+  run([](Engine& engine, SessionId session) {
+    engine.release(session, [](const Result<void>& done) { EXPECT_TRUE(done); });
+  });
 }
 
 }  // namespace
