@@ -1,8 +1,13 @@
 #include "manager/criu_image.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <random>
 
 #include "support/criu_checkpoint.h"
 #include "support/temp_dir.h"
@@ -105,6 +110,86 @@ TEST(CriuImage, ATaskReadsWhatItsCheckpointHas) {
   EXPECT_EQ(memory->lazy, ByteCount(4 * kPage));
   // What the restorer puts into place is not asked for, so it is as good as never there.
   EXPECT_EQ(read_pages(*memory, 2, 8), std::string("ab\0\0de", 6));
+}
+
+TEST(CriuImage, RunsAndOffsetsBeyondFourGibibytesAreRead) {
+  const TempDir directory;
+  const std::string path = directory / "one";
+  // A run of 2 GiB and a page, one of more than 4 GiB, and one behind both.
+  constexpr std::uint64_t kFirst = (2u << 18) + 1;
+  constexpr std::uint64_t kSecond = (1u << 20) + 3;
+  write_checkpoint(
+      path, {entry(1000, kFirst, 6), entry(1000 + kFirst + 5, kSecond, 6), entry(4'000'000, 2, 6)}, 0, 'a');
+  test::write_file(path + "/mm-5.img", test::criu_mm({{.memory = pages(1000, 5'000'000)}}));
+  const std::uint64_t marked[] = {
+      0, kFirst - 1, kFirst, kFirst + (1u << 19), kFirst + kSecond - 1, kFirst + kSecond};
+  {
+    const UniqueFd file(::open((path + "/pages-8.img").c_str(), O_WRONLY | O_CLOEXEC));
+    ASSERT_TRUE(file);
+    ASSERT_EQ(::ftruncate(file.get(), static_cast<off_t>((kFirst + kSecond + 2) * kPage)), 0);
+    char mark = 'a';
+    for (const std::uint64_t page : marked) {
+      const std::string bytes(kPage, mark++);
+      ASSERT_EQ(::pwrite(file.get(), bytes.data(), bytes.size(), static_cast<off_t>(page * kPage)),
+                static_cast<ssize_t>(kPage));
+    }
+  }
+  Result<CriuImage> image = CriuImage::open(path);
+  ASSERT_TRUE(image) << image.error().text();
+  const Result<TaskMemory> memory = image->task(5);
+  ASSERT_TRUE(memory) << memory.error().text();
+  EXPECT_EQ(memory->lazy, ByteCount((kFirst + kSecond + 2) * kPage));
+  // read_pages() counts from page 1000.
+  const auto page_at = [&](std::uint64_t page) { return read_pages(*memory, page, page + 1); };
+  EXPECT_EQ(page_at(0), "a");
+  EXPECT_EQ(page_at(kFirst - 1), "b");
+  EXPECT_EQ(page_at(kFirst + 5), "c");
+  EXPECT_EQ(page_at(kFirst + 5 + (1u << 19)), "d");
+  EXPECT_EQ(page_at(kFirst + 5 + kSecond - 1), "e");
+  EXPECT_EQ(page_at(4'000'000 - 1000), "f");
+  EXPECT_EQ(page_at(4'000'001 - 1000), std::string(1, '\0'));
+}
+
+TEST(CriuImage, DamagedCheckpointsGiveMemoryThatCanBeReadOrAnError) {
+  const TempDir directory;
+  const std::string path = directory / "one";
+  write_checkpoint(path, {entry(1002, 2, 6), entry(1004, 1, 4), entry(1006, 2, 6)}, 5, 'a');
+  std::vector<std::pair<std::string, std::string>> files;
+  for (const char* name : {"/inventory.img", "/pstree.img", "/mm-5.img", "/pagemap-5.img"}) {
+    std::ifstream file(path + name, std::ios::binary);
+    files.emplace_back(path + name, std::string(std::istreambuf_iterator<char>(file), {}));
+  }
+  const std::uint32_t seed = 20261125;
+  SCOPED_TRACE(seed);
+  std::mt19937 random(seed);
+  int refused = 0;
+  int served = 0;
+  for (int round = 0; round < 2000; ++round) {
+    const auto& [name, good] = files[random() % files.size()];
+    std::string bytes = good;
+    for (std::size_t changes = 1 + random() % 3; changes > 0; --changes)
+      bytes[random() % bytes.size()] = static_cast<char>(random());
+    if (random() % 8 == 0) bytes.resize(random() % bytes.size());
+    test::write_file(name, bytes);
+    Result<CriuImage> image = CriuImage::open(path);
+    const Result<TaskMemory> memory = image ? image->task(5) : Result<TaskMemory>(Failure(image.error()));
+    test::write_file(name, good);
+    if (!memory) {
+      EXPECT_FALSE(memory.error().message().empty());
+      ++refused;
+      continue;
+    }
+    ++served;
+    ASSERT_LE(memory->regions.size(), kTaskRegionsMax);
+    for (const TaskRegion& region : memory->regions) {
+      ASSERT_LE(region.offset.value + region.memory.length.value, memory->store->size().value);
+      std::vector<std::byte> page(kPage);
+      const StoreOffset last = region.offset + (region.memory.length - ByteCount(kPage));
+      ASSERT_TRUE(memory->store->read(last, page, Wait::yes));
+    }
+  }
+  EXPECT_GT(refused, 100);
+  EXPECT_GT(served, 100);
 }
 
 TEST(CriuImage, PagesOfEarlierCheckpointsAreFoundThere) {
