@@ -4,12 +4,12 @@
 #include <uffdkit/pager.h>
 
 #include <atomic>
-#include <bit>
 #include <cerrno>
 #include <future>
 #include <utility>
 
 #include "engine/engine.h"
+#include "engine/map_options.h"
 
 namespace uffdkit {
 namespace {
@@ -98,10 +98,8 @@ Pager& Pager::operator=(Pager&&) noexcept = default;
 Pager::~Pager() = default;
 
 Result<Pager> Pager::create(const PagerOptions& options) {
-  if (!std::has_single_bit(options.fault_around.value) || options.fault_around.value > kFetchGranulesMax)
-    return Failure(Error(fmt::format("fault_around is {}, not a power of two from 1 to {}",
-                                     options.fault_around.value, kFetchGranulesMax),
-                         EINVAL));
+  if (Result<void> good = check_fault_around(options.fault_around); !good)
+    return Failure(std::move(good).error());
   const Features events = Features(abi::kFeatureEventRemove) | Features(abi::kFeatureEventRemap) |
                           Features(abi::kFeatureEventUnmap);
   Result<Uffd> uffd =
@@ -128,17 +126,9 @@ Result<Pager> Pager::create(const PagerOptions& options) {
 
 Result<Region> Pager::map(std::shared_ptr<Store> store, const MapOptions& options) {
   const PageSize page_size = options.huge_pages ? kPage2M : kPage4K;
-  const std::uint64_t size = store->size().value;
-  const std::uint64_t offset = options.offset.value;
-  const ByteCount length(options.length.value != 0 ? options.length.value : size - std::min(size, offset));
-  if (offset > size || length.value > size - offset)
-    return Failure(Error(fmt::format("map {} bytes from offset {}: {} has {} bytes", length.value, offset,
-                                     store->name(), size),
-                         EINVAL));
-  if (length.value == 0 || !page_size.is_aligned(length.value) || !kPage4K.is_aligned(offset))
-    return Failure(Error(fmt::format("map {} bytes from offset {} of {}: not whole pages of {} bytes",
-                                     length.value, offset, store->name(), page_size.bytes().value),
-                         EINVAL));
+  const Result<ByteCount> mapped = length_to_map(*store, options.offset, options.length, page_size);
+  if (!mapped) return Failure(mapped.error());
+  const ByteCount length = *mapped;
   Result<std::shared_ptr<StoreLane>> lane = StoreLane::create(std::move(store));
   if (!lane) return Failure(std::move(lane).error());
 
