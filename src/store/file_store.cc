@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <uffdkit/signal_safe_store.h>
 #include <uffdkit/store.h>
 #include <uffdkit/unique_fd.h>
 #include <unistd.h>
@@ -72,7 +73,7 @@ class HoleMap {
   std::vector<Hole> holes_;
 };
 
-class FileStore final : public Store {
+class FileStore final : public Store, public SignalSafeStore {
  public:
   FileStore(UniqueFd fd, std::string name, std::uint64_t file_bytes)
       : fd_(std::move(fd)),
@@ -86,13 +87,29 @@ class FileStore final : public Store {
   Extent extent_at(StoreOffset from) const noexcept override { return holes_.at(from.value, store_bytes_); }
 
   Result<ReadStatus> read(StoreOffset from, std::span<std::byte> to, Wait wait) noexcept override {
-    const std::uint64_t in_file = file_bytes_ > from.value ? file_bytes_ - from.value : 0;
-    const std::size_t wanted = std::min<std::uint64_t>(to.size(), in_file);
-    std::memset(to.data() + wanted, 0, to.size() - wanted);
-    return wait == Wait::no ? read_cached(from, to.first(wanted)) : read_all(from, to.first(wanted));
+    const std::span<std::byte> stored = zero_beyond_the_end(from, to);
+    return wait == Wait::no ? read_cached(from, stored) : read_all(from, stored);
+  }
+  int read_in_handler(StoreOffset from, std::span<std::byte> to) noexcept override {
+    const std::span<std::byte> stored = zero_beyond_the_end(from, to);
+    const Progress progress = read_as_far_as_possible(from, stored);
+    return progress.os_error == 0 && progress.bytes < stored.size() ? EIO : progress.os_error;
   }
 
  private:
+  struct Progress {
+    std::size_t bytes;
+    int os_error;  // 0: all was read, or the file ends there
+  };
+
+  // The part of `to` that the file has bytes for; the rest is zeroed.
+  std::span<std::byte> zero_beyond_the_end(StoreOffset from, std::span<std::byte> to) const noexcept {
+    const std::uint64_t in_file = file_bytes_ > from.value ? file_bytes_ - from.value : 0;
+    const std::size_t wanted = std::min<std::uint64_t>(to.size(), in_file);
+    std::memset(to.data() + wanted, 0, to.size() - wanted);
+    return to.first(wanted);
+  }
+
   Result<ReadStatus> read_cached(StoreOffset from, std::span<std::byte> to) noexcept {
     if (to.empty()) return ReadStatus::done;
     if (!reads_without_waiting_.load(std::memory_order_relaxed)) return ReadStatus::would_block;
@@ -106,22 +123,29 @@ class FileStore final : public Store {
   }
 
   Result<ReadStatus> read_all(StoreOffset from, std::span<std::byte> to) noexcept {
+    const Progress progress = read_as_far_as_possible(from, to);
+    const std::uint64_t position = from.value + progress.bytes;
+    if (progress.os_error != 0)
+      return Failure(
+          Error::from_errno(fmt::format("read {} at offset {}", name_, position), progress.os_error));
+    if (progress.bytes < to.size())
+      return Failure(
+          Error(fmt::format("read {} at offset {}: the file ends here, but had {} bytes when it was opened",
+                            name_, position, file_bytes_),
+                EIO));
+    return ReadStatus::done;
+  }
+
+  Progress read_as_far_as_possible(StoreOffset from, std::span<std::byte> to) const noexcept {
     std::size_t done = 0;
     while (done < to.size()) {
       const ssize_t bytes =
           ::pread(fd_.get(), to.data() + done, to.size() - done, static_cast<off_t>(from.value + done));
       if (bytes < 0 && errno == EINTR) continue;
-      if (bytes < 0)
-        return Failure(
-            Error::from_errno(fmt::format("read {} at offset {}", name_, from.value + done), errno));
-      if (bytes == 0)
-        return Failure(
-            Error(fmt::format("read {} at offset {}: the file ends here, but had {} bytes when it was opened",
-                              name_, from.value + done, file_bytes_),
-                  EIO));
+      if (bytes <= 0) return {.bytes = done, .os_error = bytes < 0 ? errno : 0};
       done += static_cast<std::size_t>(bytes);
     }
-    return ReadStatus::done;
+    return {.bytes = done, .os_error = 0};
   }
 
   const UniqueFd fd_;

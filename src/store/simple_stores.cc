@@ -1,4 +1,5 @@
 // The stores that need no I/O: zeros, and bytes in memory.
+#include <uffdkit/signal_safe_store.h>
 #include <uffdkit/store.h>
 
 #include <cstring>
@@ -12,7 +13,7 @@ ByteCount round_up_to_page(std::uint64_t bytes) {
   return ByteCount(kPage4K.round_down(bytes + 4095));
 }
 
-class ZeroStore final : public Store {
+class ZeroStore final : public Store, public SignalSafeStore {
  public:
   explicit ZeroStore(ByteCount size) : size_(size) {}
   ByteCount size() const noexcept override { return size_; }
@@ -20,16 +21,20 @@ class ZeroStore final : public Store {
   Extent extent_at(StoreOffset) const noexcept override {
     return {.zero = true, .end = StoreOffset(size_.value)};
   }
-  Result<ReadStatus> read(StoreOffset, std::span<std::byte> to, Wait) noexcept override {
-    std::memset(to.data(), 0, to.size());
+  Result<ReadStatus> read(StoreOffset from, std::span<std::byte> to, Wait) noexcept override {
+    read_in_handler(from, to);
     return ReadStatus::done;
+  }
+  int read_in_handler(StoreOffset, std::span<std::byte> to) noexcept override {
+    std::memset(to.data(), 0, to.size());
+    return 0;
   }
 
  private:
   const ByteCount size_;
 };
 
-class MemoryStore final : public Store {
+class MemoryStore final : public Store, public SignalSafeStore {
  public:
   MemoryStore(std::span<const std::byte> bytes, std::string name)
       : bytes_(bytes.begin(), bytes.end()), name_(std::move(name)) {
@@ -41,8 +46,12 @@ class MemoryStore final : public Store {
     return {.zero = false, .end = StoreOffset(bytes_.size())};
   }
   Result<ReadStatus> read(StoreOffset from, std::span<std::byte> to, Wait) noexcept override {
-    std::memcpy(to.data(), bytes_.data() + from.value, to.size());
+    read_in_handler(from, to);
     return ReadStatus::done;
+  }
+  int read_in_handler(StoreOffset from, std::span<std::byte> to) noexcept override {
+    std::memcpy(to.data(), bytes_.data() + from.value, to.size());
+    return 0;
   }
 
  private:
