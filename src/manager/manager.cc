@@ -619,7 +619,7 @@ Result<AttachedSession> Manager::Impl::attach(NewSession session, std::shared_pt
     return Failure(
         Error("the client's process cannot be watched", ESRCH)
             .with_remedy("use Linux 6.5 or newer, or run client and manager in one pid namespace"));
-  Result<Uffd> uffd = Uffd::receive(session.uffd.release());
+  Result<Uffd> uffd = Uffd::receive(session.uffd.release(), options_.system);
   if (!uffd) return Failure(std::move(uffd).error());
   Result<SessionState> state = SessionState::create(session.request.image);
   if (!state) return Failure(std::move(state).error());
@@ -715,7 +715,7 @@ std::optional<Result<AttachedSession>> Manager::Impl::resume_own(int state_file,
 Result<AttachedSession> Manager::Impl::take_up(UniqueFd uffd_fd, UniqueFd process, SessionState state,
                                                uid_t uid, pid_t pid, std::shared_ptr<StoreLane> image,
                                                Connection* connection) {
-  Result<Uffd> uffd = Uffd::receive(uffd_fd.release());
+  Result<Uffd> uffd = Uffd::receive(uffd_fd.release(), options_.system);
   if (!uffd) return Failure(Error(uffd.error().text(), EBADF));
   const ByteCount image_size = image->store()->size();
   for (const RegionRecord& region : state.regions())

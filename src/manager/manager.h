@@ -9,6 +9,7 @@
 
 #include <uffdkit/error.h>
 #include <uffdkit/faulty_store.h>
+#include <uffdkit/system_calls.h>
 #include <uffdkit/units.h>
 
 #include <cstdint>
@@ -32,6 +33,8 @@ struct ManagerOptions {
   OnError on_error = OnError::poison;         // see SessionOptions
   ReadRetries read_retries = {};              // of all images
   std::vector<StoreFault> store_faults = {};  // likewise; for tests
+  // By which clients' userfaultfds are used. Outlives the manager.
+  SystemCalls& system = linux_system_calls();
 };
 
 class Manager {
