@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Checks the documents against the project.
 
-    docs_test.py SOURCE_DIR UFFDKIT     checks the project, with its built command
-    docs_test.py --self-test            checks this program on made-up documents
+    docs_test.py SOURCE_DIR UFFDKIT SELFTESTS   checks the project, with its built command and selftests_tests
+    docs_test.py --self-test                    checks this program on made-up documents
 
 Every subcommand has a man page that names all of its options; every relative link in a Markdown file leads to
 a file; every path that README.md names in backticks, and every "./command" in its code blocks, is in the
-repository; every test that a Markdown file names in backticks, as Suite.Name, is a test.
+repository; every test that a Markdown file names in backticks, as Suite.Name, is a test; the table of
+docs/kernels.md has a cell for each test of SELFTESTS, and none without.
 """
 import pathlib
 import re
@@ -62,6 +63,41 @@ def missing_tests(page, tests):
     for name in CODE.findall(FENCED.sub("", page.read_text())):
         if TEST_NAME.match(name) and name not in tests:
             yield f"{page.name}: there is no test {name}"
+
+
+def listed_tests(text):
+    """The tests that --gtest_list_tests lists, as suite.test."""
+    suite = ""
+    for line in text.splitlines():
+        word = line.partition("#")[0].rstrip()
+        if word.startswith("  "):
+            yield suite + word.strip()
+        elif word.endswith("."):
+            suite = word
+
+
+def table_tests(text):
+    """The tests that the table of cases and memory types stands for: one a cell and way, cells of "-" aside."""
+    types = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if cells[:1] == ["case"]:
+            types = cells[1:]
+        elif len(cells) > 1 and types and not cells[0].startswith("--"):
+            for memory, cell in zip(types, cells[1:]):
+                if cell != "-":
+                    yield from (f"{cells[0]}.{memory}_{way}".replace("-", "_") for way in ("syscall", "device"))
+
+
+def untold_cases(page, listing):
+    told, tests = set(table_tests(page.read_text())), set(listed_tests(listing))
+    tests -= {"api.syscall", "api.device"}
+    if not told:
+        yield f"{page.name}: there is no table of cases"
+    for name in sorted(tests - told):
+        yield f"{page.name}: the table has no cell for {name}"
+    for name in sorted(told - tests):
+        yield f"{page.name}: there is no test {name}"
 
 
 def help_sections(text):
@@ -148,6 +184,18 @@ class SelfTest(unittest.TestCase):
         tests = tests_of(self.root)
         self.assertEqual(list(missing_tests(page, tests)), ["a.md: there is no test Page.IsLostSomewhere"])
 
+    def test_a_table_that_is_not_the_list_of_tests_is_caught(self):
+        listing = "Running main() from x.cc\napi.\n  syscall\n  device\nwp_fork.\n  anon_syscall\n  anon_device\n"
+        head = "| case | anon | shmem-private |\n|---|---|---|\n"
+        sound = self.write("kernels.md", head + "| wp-fork | needs x | - |\n")
+        self.assertEqual(list(untold_cases(sound, listing)), [])
+        stale = self.write("kernels.md", head + "| wp-fork | - | passes |\n")
+        self.assertEqual(
+            list(untold_cases(stale, listing)),
+            [f"kernels.md: the table has no cell for wp_fork.anon_{way}" for way in ("device", "syscall")]
+            + [f"kernels.md: there is no test wp_fork.shmem_private_{way}" for way in ("device", "syscall")],
+        )
+
     def test_a_path_that_is_not_there_is_caught(self):
         self.write("there", "")
         page = self.write(
@@ -164,15 +212,17 @@ class SelfTest(unittest.TestCase):
 def main(arguments):
     if arguments == ["--self-test"]:
         unittest.main(argv=["docs_test.py"])
-    if len(arguments) != 2:
+    if len(arguments) != 3:
         print(__doc__, file=sys.stderr)
         return 2
-    root, uffdkit = pathlib.Path(arguments[0]), arguments[1]
+    root, uffdkit, selftests = pathlib.Path(arguments[0]), arguments[1], arguments[2]
 
     def ask_help(words):
         return subprocess.run([uffdkit, *words, "--help"], check=True, capture_output=True, text=True).stdout
 
     problems = list(undocumented(root / "man", ask_help))
+    listing = subprocess.run([selftests, "--gtest_list_tests"], check=True, capture_output=True, text=True).stdout
+    problems += untold_cases(root / "docs" / "kernels.md", listing)
     tests = tests_of(root / "tests")
     for page in markdown_files(root):
         problems += broken_links(page)
