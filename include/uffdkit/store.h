@@ -5,15 +5,13 @@
 // The contract:
 // - Contents never change while the store exists. Bytes that were handed out once may be handed out again.
 // - Threads: every method may be called from any thread, several at once.
-// - Blocking: size(), name() and extent_at() never block. read() blocks only with Wait::yes; the engine calls
-// it
-//   with Wait::no on the thread that serves faults, and when that answers would_block, again with Wait::yes
-//   on a thread of the store's own, so that a slow store delays nobody else.
+// - Blocking: size(), name() and extent_at() never block. read() blocks only with Wait::yes. The engine calls
+//   it with Wait::no on the thread that serves faults, and when that answers would_block, again with
+//   Wait::yes on a thread of the store's own, so that a slow store delays nobody else.
 // - Memory: no method may touch memory that is served from this store, by the same pager or another: the
-// thread
-//   would wait for itself.
-// - Errors are values; the methods are noexcept. An error of read() condemns only the pages that it was asked
-// for.
+//   thread would wait for itself.
+// - Errors are values, and no method throws. An error of read() condemns only the pages that it was asked
+//   for.
 // - Lifetime: the engine keeps a shared pointer for as long as a region uses the store.
 #pragma once
 

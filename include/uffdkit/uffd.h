@@ -123,10 +123,10 @@ struct ScanQuery {
   std::uint64_t any_of = 0;
   std::uint64_t report = 0;     // the categories to report for each range
   std::uint64_t max_pages = 0;  // stop after so many matching pages; 0 for no limit
-  bool protect_matching =
-      false;  // write-protect what matched, atomically with reporting it (WP_ASYNC ranges only)
-  bool require_wp_async =
-      false;  // fail with EPERM where a mapping is not registered for asynchronous protection
+  // Write-protect what matched, atomically with reporting it (WP_ASYNC ranges only).
+  bool protect_matching = false;
+  // Fail with EPERM where a mapping is not registered for asynchronous protection.
+  bool require_wp_async = false;
 };
 
 struct ScanResult {
@@ -161,8 +161,8 @@ class Pagemap {
 // What came of reading messages.
 struct ReadOutcome {
   std::size_t messages;  // how many were read; 0 if none waits (non-blocking) or on an error
-  int os_error =
-      0;  // 0, also when none waits. ENFILE or EMFILE: a fork message needs a descriptor; it stays queued
+  // 0, also when none waits. ENFILE or EMFILE: a fork message needs a descriptor; it stays queued.
+  int os_error = 0;
 };
 
 class Uffd {

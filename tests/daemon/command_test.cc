@@ -45,8 +45,7 @@ bool exists(const std::string& path) {
   return std::filesystem::exists(std::filesystem::symlink_status(path));
 }
 
-// ---- serve
-// --------------------------------------------------------------------------------------------------
+// ---- serve -----------------------------------------------------------------------------------------------
 
 TEST_F(Command, ServeNamesItsSocketsWhenItIsReady) {
   const std::string native = directory_ / "native.sock";
@@ -166,8 +165,7 @@ TEST_F(Command, AFileThatIsNoSocketIsNotReplaced) {
   EXPECT_EQ(std::filesystem::file_size(image_.path()), image_.pages() * 4096);
 }
 
-// ---- status
-// -------------------------------------------------------------------------------------------------
+// ---- status ----------------------------------------------------------------------------------------------
 
 TEST_F(Command, StatusCountsWhatASessionWasServed) {
   ManagerProcess manager(directory_, firecracker(socket_, image_));
@@ -266,8 +264,7 @@ TEST_F(Command, GarbageOnTheControlSocketIsAnsweredWithAnError) {
   EXPECT_EQ(client_exit_code(socket_), 0);
 }
 
-// ---- listen
-// -------------------------------------------------------------------------------------------------
+// ---- listen ----------------------------------------------------------------------------------------------
 
 TEST_F(Command, ASocketCanBeAddedListedAndRemovedAtRunTime) {
   ManagerProcess manager(directory_, {});

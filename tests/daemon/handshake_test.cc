@@ -43,8 +43,7 @@ void wait_refused(int socket) {
   require(read(socket, &byte, 1) <= 0, "the manager says something");
 }
 
-// ---- accepted
-// -----------------------------------------------------------------------------------------------
+// ---- accepted --------------------------------------------------------------------------------------------
 
 TEST_F(Handshake, MayComeInPieces) {
   expect_served(whole(image_), [](const ClientMemory& memory, int socket) {
@@ -131,8 +130,7 @@ TEST_F(Handshake, FurtherDescriptorsAreClosed) {
   });
 }
 
-// ---- refused
-// ------------------------------------------------------------------------------------------------
+// ---- refused ---------------------------------------------------------------------------------------------
 
 struct Refusal {
   std::string name;

@@ -31,8 +31,7 @@ class Serving : public ManagerTest {
   ManagerProcess manager_{directory_, firecracker(socket_, image_)};
 };
 
-// ---- touching
-// -----------------------------------------------------------------------------------------------
+// ---- touching --------------------------------------------------------------------------------------------
 
 TEST_F(Serving, EveryByteOfARegionIsTheImages) {
   serve(whole(image_), [](const ClientMemory& memory) { memory.check_all(1, 1); });
@@ -145,8 +144,7 @@ TEST_F(Serving, AThreadThatSignalsStormInASystemCallIsAnsweredToo) {
   });
 }
 
-// ---- giving back
-// ----------------------------------------------------------------------------------------------
+// ---- giving back -----------------------------------------------------------------------------------------
 
 class GivenBack : public Serving, public testing::WithParamInterface<int> {
  protected:
@@ -259,8 +257,7 @@ TEST_F(Serving, AStormOfGivingBackDelaysNobodyForEverAndIsNotSpunOn) {
   EXPECT_LT(manager_.total("retries"), 20 * manager_.total("faults") + 1000);
 }
 
-// ---- huge pages
-// -----------------------------------------------------------------------------------------------
+// ---- huge pages ------------------------------------------------------------------------------------------
 
 class HugePagesServed : public ManagerTest {};
 
