@@ -310,10 +310,11 @@ Result<RegionId> SessionState::add_region(AddressRange memory, StoreOffset offse
       std::find_if(regions_.begin(), regions_.end(), [](const RegionRecord& r) { return !r.live; });
   const auto id = static_cast<RegionId>(unused - regions_.begin());
   if (id == kSessionRegionsMax)
-    return Failure(Error(fmt::format("a session has at most {} regions", kSessionRegionsMax)));
+    return Failure(Error(fmt::format("a session has at most {} regions", kSessionRegionsMax), ENOSPC));
   // It may cut a segment in two.
   if (layout_.segments().size() + 2 > kSegmentsMax)
-    return Failure(Error(fmt::format("the client's memory is in {} pieces", layout_.segments().size())));
+    return Failure(
+        Error(fmt::format("the client's memory is in {} pieces", layout_.segments().size()), ENOSPC));
 
   // Each table starts on a page of its own and is never reused: what was there is freed by punching a hole.
   FileHeader& fields = header(head_);

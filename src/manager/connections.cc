@@ -35,6 +35,7 @@ native::ErrorCode code_of(int os_error) {
     case EMFILE:
     case ENFILE:
     case ENOMEM:
+    case ENOSPC:
       return native::ErrorCode::limit;
     default:
       return native::ErrorCode::invalid;
@@ -272,7 +273,8 @@ Engine::Done NativeConnection::answer_when_done(std::uint32_t id, std::size_t pa
     if (!result && !progress->error) progress->error = result.error();
     if (--progress->left > 0) return;
     if (progress->error) {
-      refuse(id, native::ErrorCode::internal, *progress->error);
+      const bool used_up = progress->error->os_error() == ENOSPC;
+      refuse(id, used_up ? native::ErrorCode::limit : native::ErrorCode::internal, *progress->error);
     } else {
       answer(id, native::Ok{});
     }

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <array>
+#include <bit>
 #include <filesystem>
 #include <variant>
 
@@ -122,6 +123,59 @@ TEST_F(Native, RegionsCanBeAddedAndDropped) {
                 {.memory = beyond.range(), .offset = StoreOffset(512 * 4096), .page_size = kPage4K}),
             "a region beyond the image was added");
   });
+}
+
+TEST_F(Native, ARegionThatIsAddedWhereOneIsServedTakesItsPlace) {
+  ManagerProcess manager(directory_, options());
+  Child process = program([&](const test::Channel&) {
+    const ClientMemory memory(image_, whole(image_));
+    const AddressRange start{Address(std::bit_cast<std::uintptr_t>(memory.bytes(0).data())),
+                             ByteCount(64 * 4096)};
+    Connected connection(socket_);
+    const native::Answer attached =
+        connection.ask(native::Attach{.request = {.image = "guest", .regions = {{start, {}, kPage4K}}},
+                                      .uffd = duplicate(memory.uffd().fd())});
+    require(std::holds_alternative<native::Attached>(attached), "not attached");
+    memory.check(0);
+    memory.give_back(32, 1, MADV_DONTNEED);
+    const native::AddRegions request{.regions = {{start, StoreOffset(100 * 4096), kPage4K}}};
+    for (int time = 0; time < 2; ++time)
+      require(std::holds_alternative<native::Ok>(connection.ask(request)), "not added");
+    require(image_.holds(0, memory.bytes(0)), "a page that was there has changed");
+    require(image_.holds(132, memory.bytes(32)), "a page is not the new region's");
+    require(image_.holds(163, memory.bytes(63)), "a page is not the new region's");
+  });
+  EXPECT_EQ(process.wait(), 0) << manager.log();
+}
+
+TEST_F(Native, MoreRegionsThanASessionMayHaveAreRefusedAsALimit) {
+  ManagerProcess manager(directory_, options());
+  Child process = program([&](const test::Channel&) {
+    const ClientMemory memory(image_, whole(image_));
+    const auto page = [&](std::size_t number) {
+      return RequestedRegion{
+          .memory = {Address(std::bit_cast<std::uintptr_t>(memory.bytes(number).data())), ByteCount(4096)},
+          .offset = StoreOffset(number * 4096),
+          .page_size = kPage4K};
+    };
+    Connected connection(socket_);
+    require(std::holds_alternative<native::Attached>(connection.ask(native::Attach{
+                .request = {.image = "guest", .regions = {page(0)}}, .uffd = duplicate(memory.uffd().fd())})),
+            "not attached");
+    // Mapped elsewhere than at the client: what is not there is not touched either.
+    native::AddRegions many;
+    for (std::uint64_t i = 0; i < 1000; ++i)
+      many.regions.push_back({.memory = {Address((std::uint64_t{1} << 46) + i * 8192), ByteCount(4096)},
+                              .offset = {},
+                              .page_size = kPage4K});
+    require(std::holds_alternative<native::Ok>(connection.ask(many)), "not added");
+    for (RequestedRegion& region : many.regions) region.memory.start.value += std::uint64_t{1} << 40;
+    const native::Answer answer = connection.ask(many);
+    const auto* refused = std::get_if<native::Refused>(&answer);
+    require(refused != nullptr && refused->code == native::ErrorCode::limit, "not refused as a limit");
+    memory.check(0);
+  });
+  EXPECT_EQ(process.wait(), 0) << manager.log();
 }
 
 TEST_F(Native, QueryTellsWhatWasServed) {
