@@ -18,6 +18,9 @@ class Error {
   // An errno with what was being done: "open /x/y: Permission denied".
   static Error from_errno(std::string doing, int os_error);
 
+  // Likewise for what could not be opened: "open <what>: Permission denied", with the usual remedy.
+  static Error from_open(const std::string& what, int os_error);
+
   // The same error with what to do about it. A second remedy goes on a line of its own.
   Error with_remedy(const std::string& remedy) &&;
   // The same error inside a larger task: "<doing>: <message>".

@@ -75,8 +75,12 @@ void FirecrackerConnection::ready() {
   }
 }
 
+std::string FirecrackerConnection::who() const {
+  return describe(name_, peer_);
+}
+
 void FirecrackerConnection::refuse(const Error& error) {
-  service_.refused(describe(name_, peer_), error);
+  service_.refused(who(), error);
   service_.close(*this, socket_.get());
 }
 
@@ -84,6 +88,10 @@ void FirecrackerConnection::refuse(const Error& error) {
 
 NativeConnection::NativeConnection(UniqueFd socket, Peer peer, std::string name, ConnectionService& service)
     : socket_(std::move(socket)), peer_(std::move(peer)), name_(std::move(name)), service_(service) {}
+
+std::string NativeConnection::who() const {
+  return describe(name_, peer_);
+}
 
 void NativeConnection::ready() {
   // Nothing is to be read or sent, so the client is gone.
@@ -337,7 +345,7 @@ void NativeConnection::answer(std::uint32_t id, native::Answer answer) {
 }
 
 void NativeConnection::refuse(std::uint32_t id, native::ErrorCode code, const Error& error) {
-  service_.refused(describe(name_, peer_), error);
+  service_.refused(who(), error);
   answer(id, native::Refused{.code = code, .message = error.text()});
 }
 

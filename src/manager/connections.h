@@ -26,6 +26,7 @@ class FirecrackerConnection final : public Connection {
   FirecrackerConnection(UniqueFd socket, Peer peer, std::string name, std::shared_ptr<StoreLane> image,
                         ConnectionService& service);
   void ready() override;
+  std::string who() const override;
 
  private:
   void refuse(const Error& error);
@@ -43,6 +44,7 @@ class NativeConnection final : public Connection {
  public:
   NativeConnection(UniqueFd socket, Peer peer, std::string name, ConnectionService& service);
   void ready() override;
+  std::string who() const override;
   void session_ended(SessionEnd end) override;
   void detach_failed(const Error& error) override;
   // Whether it is the manager that has something to do, and not the client.
@@ -97,6 +99,7 @@ class ControlConnection final : public Connection {
  public:
   ControlConnection(UniqueFd socket, ConnectionService& service);
   void ready() override;
+  std::string who() const override { return "a client of the control socket"; }
 
  private:
   // Says nothing where the answer comes later.

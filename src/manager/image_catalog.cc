@@ -15,7 +15,8 @@ namespace uffdkit {
 Result<void> ImageCatalog::add(const std::string& name, const std::string& path) {
   if (name.empty()) return Failure(Error("an image needs a name", EINVAL));
   if (paths_.contains(name))
-    return Failure(Error(fmt::format("there are two images named {}", name), EEXIST));
+    return Failure(Error(fmt::format("there are two images named {}", name), EEXIST)
+                       .with_remedy("give each --image a name of its own"));
   if (auto opened = open_path(path); !opened) return Failure(std::move(opened).error());
   paths_[name] = path;
   return {};
@@ -23,7 +24,7 @@ Result<void> ImageCatalog::add(const std::string& name, const std::string& path)
 
 Result<void> ImageCatalog::add_directory(const std::string& directory) {
   UniqueFd fd(::open(directory.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC));
-  if (!fd) return Failure(Error::from_errno("open the image directory " + directory, errno));
+  if (!fd) return Failure(Error::from_open("the image directory " + directory, errno));
   directories_.push_back({.path = directory, .fd = std::move(fd)});
   return {};
 }
@@ -37,7 +38,10 @@ Result<std::shared_ptr<StoreLane>> ImageCatalog::open(const std::string& name) {
     UniqueFd file(
         static_cast<int>(::syscall(SYS_openat2, directory.fd.get(), name.c_str(), &how, sizeof how)));
     if (file) return share(std::move(file), directory.path + "/" + name);
-    if (errno != ENOENT) return Failure(Error::from_errno("open the image " + name, errno));
+    if (errno == ELOOP || errno == EXDEV)
+      return Failure(Error::from_errno("open the image " + name, errno)
+                         .with_remedy("an image lies below its directory, with no symbolic link on the way"));
+    if (errno != ENOENT) return Failure(Error::from_open("the image " + name, errno));
   }
   return Failure(
       Error(fmt::format("there is no image named {}", name), ENOENT)
@@ -46,7 +50,7 @@ Result<std::shared_ptr<StoreLane>> ImageCatalog::open(const std::string& name) {
 
 Result<std::shared_ptr<StoreLane>> ImageCatalog::open_path(const std::string& path) {
   UniqueFd file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-  if (!file) return Failure(Error::from_errno("open the image " + path, errno));
+  if (!file) return Failure(Error::from_open("the image " + path, errno));
   return share(std::move(file), path);
 }
 

@@ -518,8 +518,9 @@ void Manager::Impl::set_deadline(Connection* connection) {
     if (connection->is_waiting()) return set_deadline(connection);
     OpenConnection& entry = connections_.at(connection);
     entry.deadline = 0;
-    refused("a client", Error(fmt::format("it did not say within {} ms what it wants", options_.handshake_ms),
-                              ETIMEDOUT));
+    refused(
+        connection->who(),
+        Error(fmt::format("it did not say within {} ms what it wants", options_.handshake_ms), ETIMEDOUT));
     close(*connection, entry.fd);
   });
 }

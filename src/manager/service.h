@@ -28,6 +28,8 @@ class Connection {
   virtual void ready() = 0;
   // Whether its peer is made to wait for an answer.
   virtual bool is_waiting() const { return false; }
+  // Who is at the other end, for the log.
+  virtual std::string who() const = 0;
   // The session that it attached or resumed has ended.
   virtual void session_ended(SessionEnd) {}
   // A detach that it asked for was given up: the session goes on.

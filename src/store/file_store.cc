@@ -177,7 +177,7 @@ Result<std::shared_ptr<Store>> open_file_store(const std::string& path) {
   // Non-blocking, so that opening a FIFO by mistake does not wait for its other end; no effect on regular
   // files.
   UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-  if (!fd) return Failure(Error::from_errno("open " + path, errno));
+  if (!fd) return Failure(Error::from_open(path, errno));
   return make_file_store(std::move(fd), path);
 }
 

@@ -33,7 +33,8 @@ constexpr int kBacklog = 128;
 constexpr std::chrono::seconds kDirectoryLockLimit{2};
 
 Result<sockaddr_un> address_of(const std::string& path) {
-  if (path.empty()) return Failure(Error("socket path is empty", EINVAL));
+  if (path.empty())
+    return Failure(Error("socket path is empty", EINVAL).with_remedy("give the path of a file"));
   if (path.size() > kSocketPathBytesMax)
     return Failure(Error(fmt::format("socket path {} has {} bytes, more than the system's limit of {}", path,
                                      path.size(), kSocketPathBytesMax),
@@ -67,7 +68,7 @@ std::string directory_of(const std::string& path) {
 Result<UniqueFd> lock_directory(const std::string& path) {
   const std::string directory = directory_of(path);
   UniqueFd fd(::open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (!fd) return Failure(Error::from_errno("open the directory " + directory, errno));
+  if (!fd) return Failure(Error::from_open("the directory " + directory, errno));
   const auto give_up = Clock::now() + kDirectoryLockLimit;
   while (::flock(fd.get(), LOCK_EX | LOCK_NB) != 0) {
     if (errno == EINTR) continue;
@@ -136,8 +137,12 @@ Result<ListeningSocket> ListeningSocket::open(const std::string& path) {
   if (!fd) return Failure(fd.error());
   // On Linux the file gets the socket's own mode, less the umask: so it is never wider, not for an instant.
   if (::fchmod(fd->get(), 0600) != 0) return Failure(Error::from_errno("restrict " + path, errno));
-  if (::bind(fd->get(), generic(*address), sizeof *address) != 0)
-    return Failure(Error::from_errno("bind " + path, errno));
+  if (::bind(fd->get(), generic(*address), sizeof *address) != 0) {
+    Error error = Error::from_errno("bind " + path, errno);
+    if (error.os_error() == EACCES)
+      error = std::move(error).with_remedy("choose a directory that this user may write to");
+    return Failure(std::move(error));
+  }
   struct stat info;
   if (::lstat(path.c_str(), &info) != 0) return Failure(Error::from_errno("look at " + path, errno));
   ListeningSocket made(std::move(*fd), path, info.st_dev, info.st_ino);

@@ -106,6 +106,35 @@ TEST_F(Command, ServeWithAWrongCommandLineExitsWith2) {
   }
 }
 
+TEST_F(Command, ASubcommandThatThereIsNotIsNamedWithThoseThatThereAre) {
+  Finished run = uffdkit({"sevre", "--control", "x"});
+  EXPECT_EQ(run.exit_code, 2);
+  for (const char* part : {"sevre", "serve", "status", "listen", "doctor", "uffdkit --help"})
+    EXPECT_NE(run.err.find(part), std::string::npos) << run.err;
+  run = uffdkit({"listen", "ad", socket_});
+  EXPECT_EQ(run.exit_code, 2);
+  for (const char* part : {"'ad'", "add", "remove", "list", "uffdkit listen --help"})
+    EXPECT_NE(run.err.find(part), std::string::npos) << run.err;
+}
+
+TEST_F(Command, AnErrorOfServeSaysOnALineOfItsOwnWhatToDo) {
+  const std::string missing = directory_ / "missing";
+  const std::vector<std::vector<std::string>> wrong = {
+      {"--firecracker", socket_ + "=" + missing},
+      {"--listen", socket_, "--image", "a=" + missing},
+      {"--listen", socket_, "--images", missing},
+      {"--listen", socket_, "--images", image_.path()},
+      {"--listen", socket_, "--image", "a=" + image_.path(), "--image", "a=" + image_.path()},
+      {"--listen", missing + "/socket"},
+      {"--listen", ""}};
+  for (std::vector<std::string> arguments : wrong) {
+    arguments.insert(arguments.begin(), "serve");
+    const Finished run = uffdkit(arguments);
+    EXPECT_EQ(run.exit_code, 1) << testing::PrintToString(arguments);
+    EXPECT_GE(std::ranges::count(run.err, '\n'), 2) << run.err;
+  }
+}
+
 TEST_F(Command, ServeWithASocketThatHasNoImageSaysWhatIsMeant) {
   for (const std::string text : {"only-a-socket", "=image", "socket="}) {
     const Finished run = uffdkit({"serve", "--firecracker", text});

@@ -279,6 +279,8 @@ TEST_F(Handshake, ASilentClientIsSentAwayAtTheDeadline) {
   wait_refused(slow.get());
   EXPECT_EQ(manager.count("clients_refused"), 2u);
   EXPECT_TRUE(manager.logged("did not say")) << manager.log();
+  EXPECT_TRUE(manager.logged("refused: " + socket + ": client pid " + std::to_string(getpid())))
+      << manager.log();
   EXPECT_TRUE(eventually([&] { return manager.footprint().within(before); }));
   // A silent one keeps nobody waiting meanwhile.
   const UniqueFd another_silent = connect_to(socket);
