@@ -2,11 +2,16 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <ranges>
 #include <string>
+#include <vector>
 
 #include "tool/command.h"
 #include "tool/control_client.h"
@@ -25,6 +30,45 @@ std::uint64_t number(const nlohmann::json& object, const char* key) {
   return object.value(key, std::uint64_t{0});
 }
 
+// A line of the table: a session, below the one whose client has forked.
+struct Line {
+  const nlohmann::json* session;
+  std::size_t depth;
+};
+
+// Children follow their parents. One whose parent has ended, or is not listed, is at the top.
+std::vector<Line> as_tree(const nlohmann::json& sessions) {
+  std::map<std::uint64_t, std::vector<const nlohmann::json*>> children;
+  for (const auto& session : sessions) children.try_emplace(number(session, "id"));
+  std::vector<Line> to_do;
+  for (const auto& session : sessions) {
+    const std::uint64_t parent = number(session, "parent");
+    // A child's number is the higher one, so that nothing is its own ancestor.
+    const bool is_below = parent < number(session, "id") && children.contains(parent);
+    if (is_below) {
+      children[parent].push_back(&session);
+    } else {
+      to_do.push_back({&session, 0});
+    }
+  }
+  std::ranges::reverse(to_do);
+  std::vector<Line> lines;
+  while (!to_do.empty()) {
+    const Line line = to_do.back();
+    to_do.pop_back();
+    lines.push_back(line);
+    for (const nlohmann::json* child : children[number(*line.session, "id")] | std::views::reverse)
+      to_do.push_back({child, line.depth + 1});
+  }
+  return lines;
+}
+
+// How far a child is moved in. From so many generations on the column would push the others off the screen.
+std::string indented(std::uint64_t id, std::size_t depth) {
+  constexpr std::size_t kDepthShown = 10;
+  return std::string(2 * std::min(depth, kDepthShown), ' ') + std::to_string(id);
+}
+
 void print(const nlohmann::json& status) {
   fmt::print("manager pid {}, up {} s{}\n", number(status, "pid"), number(status, "uptime_ms") / 1000,
              status.value("ending", false) ? ", ending" : "");
@@ -39,17 +83,23 @@ void print(const nlohmann::json& status) {
     fmt::print("shares {} of {} of {}\n", bytes_text(number(image, "filled_pages") * 4096),
                bytes_text(number(image, "bytes")), image.value("image", ""));
   if (sessions.empty()) return;
-  fmt::print("\n{:>6} {:>8} {:12} {:>10} {:>9} {:>9} {:>9} {:>9} {:>9} {:>7} {:>7} {:>10}  {}\n", "id", "pid",
-             "kind", "memory", "faults", "copied", "shared", "zero", "removed", "failed", "pending", "oldest",
-             "image");
-  for (const auto& session : sessions)
-    fmt::print("{:>6} {:>8} {:12} {:>10} {:>9} {:>9} {:>9} {:>9} {:>9} {:>7} {:>7} {:>7} us  {}\n",
-               number(session, "id"), number(session, "pid"), session.value("kind", ""),
-               bytes_text(number(session, "memory_bytes")), number(session, "faults"),
-               number(session, "pages_copied"), number(session, "pages_shared"),
+  const std::vector<Line> lines = as_tree(sessions);
+  std::size_t width = 6;
+  for (const auto& [session, depth] : lines)
+    width = std::max(width, indented(number(*session, "id"), depth).size());
+  fmt::print("\n{:<{}} {:>8} {:12} {:>10} {:>9} {:>9} {:>9} {:>9} {:>9} {:>7} {:>7} {:>10}  {}\n", "id",
+             width, "pid", "kind", "memory", "faults", "copied", "shared", "zero", "removed", "failed",
+             "pending", "oldest", "image");
+  for (const auto& [line, depth] : lines) {
+    const nlohmann::json& session = *line;
+    fmt::print("{:<{}} {:>8} {:12} {:>10} {:>9} {:>9} {:>9} {:>9} {:>9} {:>7} {:>7} {:>7} us  {}\n",
+               indented(number(session, "id"), depth), width, number(session, "pid"),
+               session.value("kind", ""), bytes_text(number(session, "memory_bytes")),
+               number(session, "faults"), number(session, "pages_copied"), number(session, "pages_shared"),
                number(session, "pages_zeroed"), number(session, "pages_removed"),
                number(session, "pages_poisoned"), number(session, "pending"),
                number(session, "oldest_pending_us"), session.value("image", ""));
+  }
   for (const auto& session : sessions)
     if (const std::uint64_t retries = number(session, "read_retries"); retries != 0)
       fmt::print("session {}: {} reads of its image were tried again, {} pages could not be read\n",
