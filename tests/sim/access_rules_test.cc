@@ -11,12 +11,14 @@
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/wait.h>
+#include <sys/xattr.h>
 #include <uffdkit/sim.h>
 #include <uffdkit/uffd.h>
 #include <uffdkit/unique_fd.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstring>
 #include <fstream>
 #include <functional>
 
@@ -84,12 +86,50 @@ std::vector<Rule> rules() {
        EACCES,
        0,
        EPERM},
+      {"a user whom an ACL names",
+       anybody,
+       false,
+       {.mode = 0660, .acl_users = {{kUser, 6}}},
+       0,
+       EPERM,
+       0,
+       0,
+       EPERM},
+      {"a user whom an ACL names, and its mask refuses",
+       anybody,
+       false,
+       {.mode = 0600, .acl_users = {{kUser, 6}}},
+       EACCES,
+       EPERM,
+       EACCES,
+       0,
+       EPERM},
+      {"a user in a group that an ACL names",
+       anybody,
+       false,
+       {.mode = 0660, .acl_groups = {{kGroup, 4}}},
+       0,
+       EPERM,
+       0,
+       0,
+       EPERM},
+      {"a user in a group that an ACL refuses, whatever others may",
+       anybody,
+       false,
+       {.mode = 0664, .acl_groups = {{kGroup, 0}}},
+       EACCES,
+       EPERM,
+       EACCES,
+       0,
+       EPERM},
   };
 }
 
 struct Answers {
   std::array<int, 4> ways;
   int fork_events;
+  // What one is told who asks for a userfaultfd that sees faults inside the kernel; empty if there is one.
+  std::array<char, 4096> told;
 };
 
 Answers ask(SystemCalls& system) {
@@ -101,7 +141,29 @@ Answers ask(SystemCalls& system) {
   abi::ApiArgs args{.api = abi::kApi, .features = abi::kFeatureEventFork, .ioctls = 0};
   answers.fork_events = -system.ioctl(fd, abi::kIoctlApi, reinterpret_cast<std::uintptr_t>(&args));
   system.close(fd);
+  if (const Result<Uffd> made = Uffd::create({}, system); !made)
+    made.error().text().copy(answers.told.data(), answers.told.size() - 1);
   return answers;
+}
+
+// Who is refused hears of every way, why it was refused, and what would open it.
+void expect_told(const Rule& rule, const std::string& told) {
+  if (rule.device_way == 0 || rule.system_call == 0) {
+    EXPECT_EQ(told, "") << rule.name;
+    return;
+  }
+  const auto tells = [&](const std::string& text) {
+    EXPECT_NE(told.find(text), std::string::npos)
+        << rule.name << " is not told '" << text << "', but: " << told;
+  };
+  tells("\n  /dev/userfaultfd: ");
+  tells("\n  userfaultfd system call: not permitted: no CAP_SYS_PTRACE in the initial user namespace");
+  if (rule.device_way == EACCES) tells("setfacl");
+  tells("setcap cap_sys_ptrace+ep");
+  tells("vm.unprivileged_userfaultfd=1");
+  // And what it costs to do without.
+  tells("UFFD_USER_MODE_ONLY");
+  tells("EFAULT");
 }
 
 void expect(const Rule& rule, const Answers& answers) {
@@ -110,6 +172,7 @@ void expect(const Rule& rule, const Answers& answers) {
   EXPECT_EQ(answers.ways[2], rule.device_user_mode) << rule.name << ": device, user mode only";
   EXPECT_EQ(answers.ways[3], rule.user_mode) << rule.name << ": system call, user mode only";
   EXPECT_EQ(answers.fork_events, rule.fork_events) << rule.name << ": fork events";
+  expect_told(rule, answers.told.data());
 }
 
 TEST(SimAccessRules, AreAsTheTableSays) {
@@ -150,21 +213,70 @@ TEST(SimAccessRules, ThereIsNoDeviceBeforeLinux61) {
 
 constexpr char kSysctl[] = "/proc/sys/vm/unprivileged_userfaultfd";
 
-// Sets the machine's sysctl and puts it back. Only one test at a time, in any process: the lock is on the
-// file.
+// Sets the machine's sysctl and puts it back, also when this process is killed: a child of its own does that
+// when the pipe between them ends. Only one test at a time, in any process: the lock is on the file.
 class Sysctl {
  public:
   Sysctl() : lock_(open(kSysctl, O_RDONLY | O_CLOEXEC)) {
     flock(lock_.get(), LOCK_EX);
-    std::ifstream(kSysctl) >> before_;
+    char before = '0';
+    std::ifstream(kSysctl) >> before;
+    std::array<int, 2> ends;
+    if (pipe2(ends.data(), O_CLOEXEC) != 0) return;
+    const UniqueFd from(ends[0]);
+    end_.reset(ends[1]);
+    keeper_ = fork();
+    if (keeper_ != 0) return;
+    end_.reset();
+    // Signals that end a whole test run come to its process group.
+    setsid();
+    char none = 0;
+    while (read(from.get(), &none, 1) < 0 && errno == EINTR) {
+    }
+    const UniqueFd file(open(kSysctl, O_WRONLY | O_CLOEXEC));
+    _exit(write(file.get(), &before, 1) == 1 ? 0 : 1);
   }
-  ~Sysctl() { set(before_ == '1'); }
+  ~Sysctl() {
+    end_.reset();
+    if (keeper_ > 0) waitpid(keeper_, nullptr, 0);
+  }
+  Sysctl(const Sysctl&) = delete;
+  Sysctl& operator=(const Sysctl&) = delete;
+
+  // Whether it will be put back.
+  explicit operator bool() const { return keeper_ > 0; }
   void set(bool on) { std::ofstream(kSysctl) << (on ? '1' : '0'); }
 
  private:
-  UniqueFd lock_;
-  char before_ = '0';
+  UniqueFd lock_;  // shared with the child: held until it has ended
+  UniqueFd end_;
+  pid_t keeper_ = -1;
 };
+
+// The ACL of a node, as acl(5) orders its entries, in the form of the extended attribute. Source:
+// include/uapi/linux/posix_acl_xattr.h.
+std::vector<std::byte> acl_attribute(const DeviceNode& device) {
+  struct Entry {
+    std::uint16_t tag;
+    std::uint16_t permissions;
+    std::uint32_t id;
+  };
+  constexpr std::uint32_t kVersion = 2;
+  constexpr std::uint32_t kNoId = UINT32_MAX;
+  const auto bits = [&](unsigned shift) { return static_cast<std::uint16_t>(device.mode >> shift & 7); };
+  std::vector<Entry> entries{{0x01, bits(6), kNoId}};
+  for (const AclEntry& user : device.acl_users)
+    entries.push_back({0x02, static_cast<std::uint16_t>(user.permissions), user.id});
+  entries.push_back({0x04, static_cast<std::uint16_t>(device.acl_owning_group), kNoId});
+  for (const AclEntry& group : device.acl_groups)
+    entries.push_back({0x08, static_cast<std::uint16_t>(group.permissions), group.id});
+  entries.push_back({0x10, bits(3), kNoId});
+  entries.push_back({0x20, bits(0), kNoId});
+  std::vector<std::byte> attribute(sizeof(kVersion) + entries.size() * sizeof(Entry));
+  std::memcpy(attribute.data(), &kVersion, sizeof(kVersion));
+  std::memcpy(attribute.data() + sizeof(kVersion), entries.data(), entries.size() * sizeof(Entry));
+  return attribute;
+}
 
 // A device node of the rule's own, seen by this process alone: it is mounted over the machine's in a private
 // mount namespace.
@@ -174,6 +286,10 @@ int show_device(const DeviceNode& device, unsigned minor_number, const std::stri
   if (mknod(path.c_str(), S_IFCHR | 0600, makedev(10, minor_number)) != 0) return -1;
   if (chown(path.c_str(), device.owner, device.group) != 0) return -1;
   if (chmod(path.c_str(), device.mode) != 0) return -1;
+  if (!device.acl_users.empty() || !device.acl_groups.empty()) {
+    const std::vector<std::byte> acl = acl_attribute(device);
+    if (setxattr(path.c_str(), "system.posix_acl_access", acl.data(), acl.size(), 0) != 0) return -1;
+  }
   return mount(path.c_str(), abi::kDevicePath, nullptr, MS_BIND, nullptr);
 }
 
@@ -250,6 +366,7 @@ TEST(AccessRules, OfTheRunningKernelAreAsTheTableSays) {
   if (stat(abi::kDevicePath, &device) != 0) GTEST_SKIP() << "needs /dev/userfaultfd (Linux 6.1)";
   if (access(kSysctl, W_OK) != 0) GTEST_SKIP() << "needs a writable " << kSysctl;
   Sysctl sysctl;
+  ASSERT_TRUE(sysctl) << "cannot start the process that puts the setting back";
   // Others must be able to walk to the node.
   const uffdkit::test::TempDir directory;
   ASSERT_EQ(chmod(directory.path().c_str(), 0755), 0);
@@ -259,7 +376,7 @@ TEST(AccessRules, OfTheRunningKernelAreAsTheTableSays) {
     const auto answers =
         ask_for_real(rule, minor(device.st_rdev), directory / fmt::format("userfaultfd-{}", number++));
     if (!answers)
-      GTEST_SKIP() << "needs mount and user namespaces, capabilities and mknod for: " << rule.name;
+      GTEST_SKIP() << "needs mount and user namespaces, capabilities, mknod and ACLs for: " << rule.name;
     expect(rule, *answers);
   }
 }
