@@ -28,6 +28,11 @@ bool raises_sigbus(const ClientMemory& memory, std::size_t page) {
 
 class Errors : public ManagerTest {
  protected:
+  // What is lost stays lost here, so trying again would only take time.
+  static std::vector<std::string> without_retries(std::vector<std::string> arguments) {
+    arguments.insert(arguments.end(), {"--read-retries", "0"});
+    return arguments;
+  }
   void SetUp() override {
     ManagerTest::SetUp();
     const Result<KernelFeatures> kernel = probe_features();
@@ -37,7 +42,7 @@ class Errors : public ManagerTest {
 
   const Image image_{directory_ / "image", 256};
   const std::string socket_ = directory_ / "fc.sock";
-  ManagerProcess manager_{directory_, firecracker(socket_, image_)};
+  ManagerProcess manager_{directory_, without_retries(firecracker(socket_, image_))};
 };
 
 TEST_F(Errors, PagesThatAnImageHasLostRaiseSigbusAndTheOthersAreServed) {
@@ -82,8 +87,8 @@ TEST_F(Errors, AnErrorOfOneImageDoesNotReachTheClientsOfAnother) {
   const Image other(directory / "other", 256, 9);
   const std::string a = directory / "a.sock";
   const std::string b = directory / "b.sock";
-  ManagerProcess manager(directory,
-                         {"--firecracker", a + "=" + image_.path(), "--firecracker", b + "=" + other.path()});
+  ManagerProcess manager(directory, without_retries({"--firecracker", a + "=" + image_.path(),
+                                                     "--firecracker", b + "=" + other.path()}));
   Child failing = client(image_, whole(image_), a, [&](const ClientMemory& memory, const Channel& channel) {
     memory.check(0);
     image_.cut(1);
