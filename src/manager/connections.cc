@@ -141,6 +141,8 @@ void NativeConnection::handle_received() {
 
 void NativeConnection::handle(std::uint32_t id, native::Request request) {
   if (auto* hello = std::get_if<native::Hello>(&request)) {
+    if (greeted_)
+      return refuse(id, native::ErrorCode::invalid, Error("HELLO was said on this connection already"));
     if (native::kVersion < hello->version_min || native::kVersion > hello->version_max) {
       refuse(id, native::ErrorCode::version,
              Error(fmt::format("this manager speaks version {}, the client {} to {}", native::kVersion,

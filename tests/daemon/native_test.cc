@@ -380,6 +380,18 @@ TEST_F(Native, RequestsThatDoNotWaitForAnswersAreAnsweredInOrder) {
                                              refused, size}));
 }
 
+TEST_F(Native, ASecondHelloIsRefusedAndTheConnectionGoesOn) {
+  ManagerProcess manager(directory_, options());
+  Connected connection(socket_);
+  const native::Answer second = connection.ask(native::Hello{});
+  const auto* refused = std::get_if<native::Refused>(&second);
+  ASSERT_NE(refused, nullptr);
+  EXPECT_EQ(refused->code, native::ErrorCode::invalid);
+  EXPECT_EQ(std::get<native::ImageSize>(connection.ask(native::ImageInfo{.image = "guest"})).size,
+            ByteCount(512 * 4096));
+  EXPECT_EQ(manager.count("clients_refused"), 1u);
+}
+
 TEST_F(Native, AnUnknownImageIsRefusedByName) {
   ManagerProcess manager(directory_, options());
   const auto memory = attach(socket_, "other");
