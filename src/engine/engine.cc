@@ -418,6 +418,8 @@ Result<SessionId> Engine::Shared::attach(Attachment attachment) {
   // Nobody runs it yet, so the commands are done before the first fault is read.
   std::optional<Error> refused;
   actor->post([&](Session& session) {
+    if (taken_up)
+      session.apply_inbox([&](int fd) { return attachment.may_adopt && attachment.may_adopt(fd); });
     // Its process may go on without the memory, by exec, which no pidfd tells.
     if (watched_process) session.watch_target();
     for (const RegionSpec& region : attachment.regions) {

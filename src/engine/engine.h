@@ -91,6 +91,8 @@ struct Attachment {
   std::vector<RegionSpec> regions;  // in addition to those that `state` has
   std::shared_ptr<StoreLane> lane;
   std::optional<UniqueFd> process;  // pidfd of the client; none: nobody tells of its end
+  // Whether a descriptor that a fork message in `state` names is the child's still; see Session::apply_inbox.
+  std::function<bool(int)> may_adopt = nullptr;
 };
 
 class Engine {

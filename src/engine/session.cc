@@ -14,7 +14,6 @@
 namespace uffdkit {
 namespace {
 
-constexpr std::size_t kMessagesPerRead = 64;         // 2 KiB
 constexpr int kReadsPerStep = 16;                    // then others get their turn
 constexpr std::uint64_t kChangedPerStep = 1u << 22;  // page states that events may change; then likewise
 constexpr std::size_t kServedPerStep = 64;           // likewise
@@ -276,13 +275,14 @@ void Session::publish_pending() {
 // ---- messages ---------------------------------------------------------------------------------------------
 
 bool Session::drain() {
-  std::array<abi::Msg, kMessagesPerRead> messages;
   if (read_not_before_ns_ != 0 && host_.now_ns() < read_not_before_ns_) return true;
   read_not_before_ns_ = 0;
   // A client's call that changes a terabyte is soon done where nothing is mapped; its event costs us 128 MiB
   // of page states.
   std::uint64_t changed = 0;
   for (int reads = 0; reads < kReadsPerStep && changed < kChangedPerStep; ++reads) {
+    // Whoever caused an event goes on when it has been read: from then on it must not be forgotten.
+    const std::span<abi::Msg> messages = state_.empty_inbox();
     const ReadOutcome read = uffd_.read(messages);
     if (read.os_error == EMFILE || read.os_error == ENFILE) {
       // A fork message needs a descriptor; it stays until there is one.
@@ -294,28 +294,54 @@ bool Session::drain() {
       fail(Error::from_errno("read a userfaultfd", read.os_error).message());
       return true;
     }
-    for (const abi::Msg& raw : std::span(messages).first(read.messages)) {
+    for (std::size_t i = 0; i < read.messages; ++i) {
+      const abi::Msg raw = messages[i];
       const Message message = decode(raw);
       if (const auto* fault = std::get_if<Fault>(&message)) {
         take(*fault);
-      } else if (const auto* removed = std::get_if<RemoveEvent>(&message)) {
-        apply(*removed);
-        changed += kPage4K.pages(removed->range.length).value;
-      } else if (const auto* unmapped = std::get_if<UnmapEvent>(&message)) {
-        apply(*unmapped);
-        changed += kPage4K.pages(unmapped->range.length).value;
-      } else if (const auto* moved = std::get_if<RemapEvent>(&message)) {
-        apply(*moved);
-      } else if (const auto* forked = std::get_if<ForkEvent>(&message)) {
-        apply(*forked);
-      } else {
-        fail(fmt::format("an event of kind {:#x} cannot be followed", raw.event));
+        continue;
       }
+      state_.applying(i);
+      changed += apply(message, raw.event);
+      state_.applied();
     }
     // The kernel gives as many as wait and fit.
     if (read.messages < messages.size()) return true;
   }
   return false;
+}
+
+std::uint64_t Session::apply(const Message& event, std::uint8_t kind) {
+  if (const auto* removed = std::get_if<RemoveEvent>(&event)) {
+    apply(*removed);
+    return kPage4K.pages(removed->range.length).value;
+  }
+  if (const auto* unmapped = std::get_if<UnmapEvent>(&event)) {
+    apply(*unmapped);
+    return kPage4K.pages(unmapped->range.length).value;
+  }
+  if (const auto* moved = std::get_if<RemapEvent>(&event)) {
+    apply(*moved);
+  } else if (const auto* forked = std::get_if<ForkEvent>(&event)) {
+    apply(*forked);
+  } else {
+    fail(fmt::format("an event of kind {:#x} cannot be followed", kind));
+  }
+  return 0;
+}
+
+void Session::apply_inbox(const std::function<bool(int)>& may_adopt) {
+  const std::span<const abi::Msg> messages = state_.inbox();
+  for (std::size_t i = state_.unapplied(); i < messages.size() && messages[i].event != 0; ++i) {
+    const abi::Msg raw = messages[i];
+    const Message message = decode(raw);
+    if (std::holds_alternative<Fault>(message)) continue;
+    const auto* forked = std::get_if<ForkEvent>(&message);
+    state_.applying(i);
+    if (forked == nullptr || may_adopt(forked->child_fd)) apply(message, raw.event);
+    state_.applied();
+  }
+  (void)state_.empty_inbox();
 }
 
 void Session::take(const Fault& fault) {

@@ -150,6 +150,10 @@ class Session {
   // Serves nothing in `memory` from now on; fetches for it that are under way are not installed. Where it
   // shares the image, what is missing is zero from now on. EAGAIN: the client is changing its memory; again.
   Result<void> drop(AddressRange memory);
+  // Applies what the session's former owner has read and not applied. Faults are left out: see wake_all().
+  // `may_adopt` says whether a descriptor that a fork message names is still the child's; where nobody can
+  // know, none is. Before the first step.
+  void apply_inbox(const std::function<bool(int)>& may_adopt);
   // Every thread that waits tries again: for a session that is taken up again, whose faults somebody else has
   // read.
   void wake_all();
@@ -222,6 +226,8 @@ class Session {
 
   // False if there may be more messages.
   bool drain();
+  // Applies an event; returns how many page states it has changed at most.
+  std::uint64_t apply(const Message& event, std::uint8_t kind);
   void take(const Fault& fault);
   void apply(const RemoveEvent& event);
   void apply(const UnmapEvent& event);

@@ -21,7 +21,7 @@ namespace {
 // ---- the bytes of the file: docs/session-state.md ---------------------------------------------------------
 
 constexpr std::array<char, 8> kMagic = {'U', 'F', 'F', 'D', 'S', 'E', 'S', 'S'};
-constexpr std::uint32_t kVersion = 1;
+constexpr std::uint32_t kVersion = 2;
 constexpr std::size_t kImageBytesMax = 255;
 constexpr std::uint32_t kPageShiftMax = 21;
 
@@ -45,22 +45,26 @@ struct FileSegment {
 struct FileHeader {
   std::array<char, 8> magic;
   std::uint32_t version;
-  std::uint32_t region_count;   // records in use, live or not
-  std::uint64_t tables_end;     // where the next table goes
-  std::uint32_t active_layout;  // 0 or 1: which of the two lists counts
+  std::uint32_t region_count;  // records in use, live or not
+  std::uint64_t tables_end;    // where the next table goes
+  std::uint64_t progress;      // bit 0: which layout list counts; above: messages of the inbox applied
   std::array<std::uint32_t, 2> segment_count;
   std::uint32_t image_bytes;
   std::array<char, 256> image;
-  std::array<std::uint64_t, 24> reserved;  // zero
+  std::uint32_t padding;
+  std::array<std::uint64_t, 23> reserved;  // zero
 };
 
 constexpr std::uint64_t kRegionsAt = sizeof(FileHeader);
+constexpr std::uint64_t kInboxAt = 61'440;
 constexpr std::uint64_t kLayoutsAt = 65'536;
 constexpr std::uint64_t kLayoutBytes = std::uint64_t{kSegmentsMax} * sizeof(FileSegment);
 constexpr std::uint64_t kTablesAt = kLayoutsAt + 2 * kLayoutBytes;
 
 static_assert(sizeof(FileRegion) == 32 && sizeof(FileSegment) == 32 && sizeof(FileHeader) == 488);
-static_assert(kRegionsAt + kSessionRegionsMax * sizeof(FileRegion) <= kLayoutsAt);
+static_assert(kRegionsAt + kSessionRegionsMax * sizeof(FileRegion) <= kInboxAt);
+static_assert(sizeof(abi::Msg) == 32 && kInboxAt % 4096 == 0);
+static_assert(kInboxAt + kInboxMessages * sizeof(abi::Msg) <= kLayoutsAt);
 static_assert(kTablesAt % 4096 == 0);
 
 FileHeader& header(const StateMapping& head) {
@@ -75,9 +79,14 @@ FileSegment* layout_list(const StateMapping& head, std::uint32_t which) {
   return reinterpret_cast<FileSegment*>(head.data() + kLayoutsAt + which * kLayoutBytes);
 }
 
+abi::Msg* inbox_slots(const StateMapping& head) {
+  return reinterpret_cast<abi::Msg*>(head.data() + kInboxAt);
+}
+
 // A store that whoever takes the file up later sees only after all stores before it.
-void publish(std::uint32_t& field, std::uint32_t value) {
-  std::atomic_ref<std::uint32_t>(field).store(value, std::memory_order_release);
+template <class T>
+void publish(T& field, T value) {
+  std::atomic_ref<T>(field).store(value, std::memory_order_release);
 }
 
 std::uint64_t table_file_bytes(ByteCount region_length) {
@@ -169,16 +178,17 @@ Result<SessionState> SessionState::open(UniqueFd file) {
     return Failure(damaged(fmt::format("it has version {}, not {}", fields.version, kVersion)));
   if (fields.image_bytes > kImageBytesMax) return Failure(damaged("the image's name is too long"));
   if (fields.region_count > kSessionRegionsMax) return Failure(damaged("too many regions"));
-  if (fields.active_layout > 1) return Failure(damaged("no layout is in force"));
+  if (fields.progress >> 1 > kInboxMessages) return Failure(damaged("more messages applied than there are"));
   if (fields.tables_end % 4096 != 0) return Failure(damaged("the end of its tables is not aligned"));
   SessionState state(std::move(file), std::move(*head), std::string(fields.image.data(), fields.image_bytes));
   const auto file_bytes = static_cast<std::uint64_t>(status.st_size);
   // A writer may have been cut off after it had extended the file and before it said so.
   state.tables_end_ = std::max(fields.tables_end, kPage4K.round_down(file_bytes + 4095));
-  state.active_layout_ = fields.active_layout;
+  state.active_layout_ = fields.progress & 1;
+  state.unapplied_ = fields.progress >> 1;
   if (auto loaded = state.load_regions(fields.region_count, file_bytes); !loaded)
     return Failure(std::move(loaded).error());
-  if (auto loaded = state.load_layout(fields.segment_count[fields.active_layout]); !loaded)
+  if (auto loaded = state.load_layout(fields.segment_count[state.active_layout_]); !loaded)
     return Failure(std::move(loaded).error());
   return state;
 }
@@ -206,6 +216,7 @@ Result<SessionState> SessionState::clone() const {
     }
   }
   copy = open(std::move(copy->file_));
+  if (copy) (void)copy->empty_inbox();
   // Another holder of the file may have written to it meanwhile.
   if (copy && copy->regions_ != regions_)
     return Failure(damaged("its regions are not the session's any more"));
@@ -344,7 +355,7 @@ Result<RegionId> SessionState::add_region(AddressRange memory, StoreOffset offse
     regions_[id] = RegionRecord();
     return Failure(std::move(mapped).error());
   }
-  publish(record.live, 1);
+  publish(record.live, std::uint32_t{1});
   publish(fields.region_count, static_cast<std::uint32_t>(regions_.size()));
 
   layout_.add({.memory = memory, .region = id, .page_size = page_size, .first = PageIndex(0)});
@@ -382,9 +393,31 @@ Result<void> SessionState::publish_layout() {
                .region = segment.region,
                .page_shift = segment.page_size.shift()};
   fields.segment_count[spare] = static_cast<std::uint32_t>(segments.size());
-  publish(fields.active_layout, spare);
   active_layout_ = spare;
+  publish_progress();
   return {};
+}
+
+void SessionState::publish_progress() {
+  publish(header(head_).progress, std::uint64_t{unapplied_} << 1 | active_layout_);
+}
+
+// ---- messages ---------------------------------------------------------------------------------------------
+
+std::span<abi::Msg> SessionState::empty_inbox() {
+  abi::Msg* slots = inbox_slots(head_);
+  // While slots are being emptied the events that are left count as applied still.
+  for (abi::Msg& slot : std::span(slots, kInboxMessages))
+    if (slot.event != 0) slot = abi::Msg{};
+  if (unapplied_ != 0) {
+    unapplied_ = 0;
+    publish_progress();
+  }
+  return {slots, kInboxMessages};
+}
+
+std::span<const abi::Msg> SessionState::inbox() const {
+  return {inbox_slots(head_), kInboxMessages};
 }
 
 void SessionState::drop_regions_without_segments() {
@@ -393,7 +426,7 @@ void SessionState::drop_regions_without_segments() {
     if (segment.region != kZeroRegion) used[segment.region] = true;
   for (RegionId id = 0; id < regions_.size(); ++id) {
     if (used[id] || !regions_[id].live) continue;
-    publish(region_records(head_)[id].live, 0);
+    publish(region_records(head_)[id].live, std::uint32_t{0});
     // Frees memory early; if it fails, the session's end frees it.
     (void)::fallocate(file_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                       static_cast<off_t>(table_at_[id]), static_cast<off_t>(table_memory_[id].size()));

@@ -1,19 +1,25 @@
-// What must outlive the thread, the process and the program that serves a session: its regions, its layout
-// and the state of its pages, in a file of its own (a memfd).
+// What must outlive the thread, the process and the program that serves a session: its regions, its layout,
+// the state of its pages, and the messages that were read and are not applied yet, in a file of its own (a
+// memfd).
 //
 // The file is what a session is: whoever holds it and the userfaultfd can go on serving. It is kept right at
 // every instant, so that it can be read after its writer was cut off anywhere: regions are filled in before
 // they are counted, the layout is written beside the old one and then switched to by one store, page states
-// are single bytes. It cannot be shrunk (sealed), so that a peer who holds it too cannot take mapped memory
-// away. docs/session-state.md says every byte. Threads: none; the session is the only one to write.
+// are single bytes. Messages of the userfaultfd are read straight into it, so that each is in the kernel or
+// here; that one has been applied is said by the same store that switches the layout. It cannot be shrunk
+// (sealed), so that a peer who holds it too cannot take mapped memory away. docs/session-state.md says every
+// byte. Threads: none; the session is the only one to write.
 #pragma once
 
+#include <uffdkit/abi.h>
 #include <uffdkit/error.h>
 #include <uffdkit/sharing_mode.h>
 #include <uffdkit/unique_fd.h>
 #include <uffdkit/units.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -26,6 +32,8 @@ namespace uffdkit {
 inline constexpr std::uint32_t kSessionRegionsMax = 1024;
 // The most segments: what vm.max_map_count allows on machines that raise it generously.
 inline constexpr std::uint32_t kSegmentsMax = 1u << 20;
+// Messages that are read at once.
+inline constexpr std::size_t kInboxMessages = 64;  // 2 KiB
 // The end of user addresses on machines with 5-level page tables, the widest there are.
 inline constexpr Address kStateAddressEnd{1ull << 56};
 
@@ -64,7 +72,7 @@ class SessionState {
   // another version, damaged (says what).
   static Result<SessionState> open(UniqueFd file);
 
-  // The same session as it is now, in a file of its own: what a child has after fork(2).
+  // The same session as it is now, in a file of its own: what a child has after fork(2). Its inbox is empty.
   Result<SessionState> clone() const;
 
   // The file. To hand it to a client, reopen it for reading only.
@@ -84,6 +92,18 @@ class SessionState {
   // What mremap(2) did; see Layout::move.
   Result<void> move(AddressRange from, Address to);
 
+  // Empties the inbox: kInboxMessages slots for read(2) to fill, from the first on. All that was in it has
+  // been applied.
+  std::span<abi::Msg> empty_inbox();
+  // The messages that were read, and which of them have been applied: those below unapplied(). Of an inbox
+  // that was taken up, the messages end at the first slot whose event is 0.
+  std::span<const abi::Msg> inbox() const;
+  std::size_t unapplied() const { return unapplied_; }
+  // What follows, up to applied(), is the effect of message `index` of the inbox: a change of the layout says
+  // that it has been applied in the same store.
+  void applying(std::size_t index) { unapplied_ = index + 1; }
+  void applied() { publish_progress(); }
+
  private:
   SessionState(UniqueFd file, StateMapping head, std::string image)
       : file_(std::move(file)), head_(std::move(head)), image_(std::move(image)) {}
@@ -91,6 +111,7 @@ class SessionState {
   Result<void> map_table(RegionId region, std::uint64_t at);
   void forget_fetches(RegionId region);
   Result<void> publish_layout();
+  void publish_progress();
   void drop_regions_without_segments();
   Result<void> load_regions(std::uint32_t count, std::uint64_t file_bytes);
   Result<void> load_layout(std::uint32_t count);
@@ -100,6 +121,7 @@ class SessionState {
   std::string image_;
   std::uint64_t tables_end_ = 0;     // where the next table goes
   std::uint32_t active_layout_ = 0;  // which of the two lists counts
+  std::size_t unapplied_ = 0;        // the first message of the inbox that has not been applied
   std::vector<RegionRecord> regions_;
   std::vector<std::uint64_t> table_at_;  // where the region's page states lie in the file
   std::vector<StateMapping> table_memory_;

@@ -18,11 +18,12 @@ namespace {
 constexpr std::uint64_t kVersionAt = 8;
 constexpr std::uint64_t kRegionCountAt = 12;
 constexpr std::uint64_t kTablesEndAt = 16;
-constexpr std::uint64_t kActiveLayoutAt = 24;
-constexpr std::uint64_t kSegmentCountsAt = 28;
-constexpr std::uint64_t kImageBytesAt = 36;
-constexpr std::uint64_t kImageAt = 40;
+constexpr std::uint64_t kProgressAt = 24;
+constexpr std::uint64_t kSegmentCountsAt = 32;
+constexpr std::uint64_t kImageBytesAt = 40;
+constexpr std::uint64_t kImageAt = 44;
 constexpr std::uint64_t kRegionsAt = 488;
+constexpr std::uint64_t kInboxAt = 61'440;
 constexpr std::uint64_t kLayoutsAt = 65'536;
 constexpr std::uint64_t kLayoutBytes = 33'554'432;
 constexpr std::uint64_t kTablesAt = 67'174'400;
@@ -135,7 +136,7 @@ TEST_F(SessionStateTest, AHalfWrittenSpareLayoutIsNotLookedAt) {
   add(pages(0, 16));
   ASSERT_TRUE(state_.erase(pages(4, 2)));
   const std::string before = text_of(state_);
-  const std::uint32_t spare = 1 - peek<std::uint32_t>(state_.fd(), kActiveLayoutAt);
+  const std::uint32_t spare = 1 - peek<std::uint32_t>(state_.fd(), kProgressAt);
   UniqueFd copy = copy_of(state_.fd());
   for (std::uint64_t at = 0; at < 96; at += 8)
     poke(copy.get(), kLayoutsAt + spare * kLayoutBytes + at, ~std::uint64_t{0});
@@ -159,7 +160,7 @@ TEST_F(SessionStateTest, ARegionWhoseLayoutWasNotPublishedIsDroppedByTheNextChan
   add(pages(100, 16));
   UniqueFd copy = copy_of(state_.fd());
   // The list before the last one has the first region only.
-  poke(copy.get(), kActiveLayoutAt, 1 - peek<std::uint32_t>(copy.get(), kActiveLayoutAt));
+  poke(copy.get(), kProgressAt, 1 - peek<std::uint32_t>(copy.get(), kProgressAt));
   SessionState opened = SessionState::open(std::move(copy)).value();
   EXPECT_TRUE(opened.regions()[1].live);
   ASSERT_TRUE(opened.erase(pages(8, 1)));
@@ -237,13 +238,13 @@ TEST_F(SessionStateTest, ADescriptorForReadingIsEnoughToTakeItUp) {
 TEST_F(SessionStateTest, WhatAPeerWritesIntoItLaterIsNotReadBack) {
   add(pages(0, 16));
   SessionState opened = SessionState::open(copy_of(state_.fd())).value();
-  poke(opened.fd(), kActiveLayoutAt, std::uint32_t{7});
+  poke(opened.fd(), kProgressAt, std::uint32_t{7});
   poke(opened.fd(), kRegionCountAt, ~std::uint32_t{0});
   poke(opened.fd(), kTablesEndAt, ~std::uint64_t{0});
   poke(opened.fd(), kRegionsAt + 16, ~std::uint64_t{0});
   EXPECT_TRUE(opened.add_region(pages(100, 8), StoreOffset(0), kPage4K));
   EXPECT_TRUE(opened.erase(pages(0, 16)));
-  EXPECT_EQ(peek<std::uint32_t>(opened.fd(), kActiveLayoutAt), 1u);
+  EXPECT_EQ(peek<std::uint32_t>(opened.fd(), kProgressAt), 1u);
 }
 
 TEST_F(SessionStateTest, ACloneHoldsTheSameAndGoesItsOwnWay) {
@@ -303,8 +304,8 @@ TEST_F(SessionStateTest, OtherFilesAreRefused) {
 TEST_F(SessionStateTest, DamageOfEveryFieldIsRefusedAndNamed) {
   add(pages(0, 16), 4096);
   add(pages(1024, 1024), 0, kPage2M);
-  const std::uint64_t layout = kLayoutsAt + peek<std::uint32_t>(state_.fd(), kActiveLayoutAt) * kLayoutBytes;
-  const std::uint64_t counts = kSegmentCountsAt + peek<std::uint32_t>(state_.fd(), kActiveLayoutAt) * 4;
+  const std::uint64_t layout = kLayoutsAt + peek<std::uint32_t>(state_.fd(), kProgressAt) * kLayoutBytes;
+  const std::uint64_t counts = kSegmentCountsAt + peek<std::uint32_t>(state_.fd(), kProgressAt) * 4;
   EXPECT_EQ(refusal([](int) {}), "");
 
   const auto refuses = [&](const std::string& word, std::uint64_t at, auto value) {
@@ -313,11 +314,11 @@ TEST_F(SessionStateTest, DamageOfEveryFieldIsRefusedAndNamed) {
         << "at " << at << " value " << value << ": \"" << message << "\"";
   };
   refuses("not one", 0, std::uint64_t{1});
-  refuses("version", kVersionAt, std::uint32_t{2});
+  refuses("version", kVersionAt, std::uint32_t{1});
   refuses("version", kVersionAt, std::uint32_t{0});
   refuses("regions", kRegionCountAt, std::uint32_t{1025});
   refuses("tables", kTablesEndAt, std::uint64_t{kTablesAt + 1});
-  refuses("layout", kActiveLayoutAt, std::uint32_t{2});
+  refuses("messages", kProgressAt, std::uint64_t{65 << 1});
   refuses("segments", counts, std::uint32_t{(1u << 20) + 1});
   refuses("segment 2", counts, std::uint32_t{3});
   refuses("name", kImageBytesAt, std::uint32_t{256});
@@ -346,6 +347,37 @@ TEST_F(SessionStateTest, DamageOfEveryFieldIsRefusedAndNamed) {
   for (const std::uint32_t shift : {0u, 11u, 21u, 30u, ~0u}) refuses("segment 0", layout + 28, shift);
 }
 
+TEST_F(SessionStateTest, AMessageIsAppliedInTheSameStoreThatSwitchesTheLayout) {
+  add(pages(0, 16));
+  state_.empty_inbox()[0].event = abi::kEventRemap;
+  // Whatever else there is to write of it, the successor finds the move made and the message applied.
+  state_.applying(0);
+  ASSERT_TRUE(state_.move(pages(0, 16), pages(100, 1).start));
+  const SessionState taken_up = SessionState::open(copy_of(state_.fd())).value();
+  EXPECT_EQ(taken_up.unapplied(), 1u);
+  EXPECT_NE(taken_up.layout().find(pages(100, 1).start), nullptr);
+}
+
+TEST_F(SessionStateTest, MessagesThatWereReadAreFoundByASuccessorUntilTheyAreApplied) {
+  const std::span<abi::Msg> slots = state_.empty_inbox();
+  for (std::size_t i = 0; i < 3; ++i) slots[i].event = abi::kEventRemove;
+  state_.applying(0);
+  state_.applied();
+  const SessionState taken_up = SessionState::open(copy_of(state_.fd())).value();
+  EXPECT_EQ(taken_up.unapplied(), 1u);
+  EXPECT_EQ(taken_up.inbox()[2].event, abi::kEventRemove);
+  EXPECT_EQ(taken_up.inbox()[3].event, 0);
+}
+
+TEST_F(SessionStateTest, ACloneHasNoMessages) {
+  state_.empty_inbox()[0].event = abi::kEventFork;
+  state_.applying(0);
+  state_.applied();
+  const SessionState clone = state_.clone().value();
+  EXPECT_EQ(clone.inbox()[0].event, 0);
+  EXPECT_EQ(clone.unapplied(), 0u);
+}
+
 TEST_F(SessionStateTest, EveryByteIsWhereItsDocumentSays) {
   add(pages(0, 16), 4096);
   add(pages(1024, 512), 8192, kPage2M);
@@ -354,15 +386,15 @@ TEST_F(SessionStateTest, EveryByteIsWhereItsDocumentSays) {
   state_.table(0).set(PageIndex(1), PageState::poisoned);
   const int fd = state_.fd();
   EXPECT_EQ(peek<std::uint64_t>(fd, 0), 0x5353455344464655u);  // "UFFDSESS"
-  EXPECT_EQ(peek<std::uint32_t>(fd, kVersionAt), 1u);
+  EXPECT_EQ(peek<std::uint32_t>(fd, kVersionAt), 2u);
   EXPECT_EQ(peek<std::uint32_t>(fd, kRegionCountAt), 2u);
   EXPECT_EQ(peek<std::uint64_t>(fd, kTablesEndAt), kTablesAt + 2 * 4096);
   EXPECT_EQ(peek<std::uint64_t>(fd, kTablesEndAt), file_bytes(fd));
-  EXPECT_EQ(peek<std::uint32_t>(fd, kActiveLayoutAt), 1u);  // three layouts were written
+  EXPECT_EQ(peek<std::uint32_t>(fd, kProgressAt), 1u);  // three layouts were written
   EXPECT_EQ(peek<std::uint32_t>(fd, kSegmentCountsAt + 4), 2u);
   EXPECT_EQ(peek<std::uint32_t>(fd, kImageBytesAt), 9u);
   EXPECT_EQ(peek<std::uint64_t>(fd, kImageAt), 0x656d2e7473657567u);  // "guest.me"
-  for (std::uint64_t at = kImageAt + 256; at < kRegionsAt; at += 8)
+  for (std::uint64_t at = kImageAt + 260; at < kRegionsAt; at += 8)
     EXPECT_EQ(peek<std::uint64_t>(fd, at), 0u);
 
   const std::uint64_t second = kRegionsAt + 32;
@@ -381,10 +413,19 @@ TEST_F(SessionStateTest, EveryByteIsWhereItsDocumentSays) {
   EXPECT_EQ(peek<std::uint64_t>(fd, layout + 32), pages(1024, 1).start.value);
   EXPECT_EQ(peek<std::uint32_t>(fd, layout + 32 + 24), 1u);
 
+  state_.empty_inbox()[63].event = abi::kEventRemove;
+  state_.applying(62);
+  state_.applied();
+  EXPECT_EQ(peek<std::uint64_t>(fd, kProgressAt), 63u << 1 | 1u);
+  EXPECT_EQ(peek<std::uint8_t>(fd, kInboxAt + 63 * 32), abi::kEventRemove);
+  (void)state_.empty_inbox();
+  EXPECT_EQ(peek<std::uint64_t>(fd, kProgressAt), 1u);
+  EXPECT_EQ(peek<std::uint8_t>(fd, kInboxAt + 63 * 32), 0);
+
   EXPECT_EQ(peek<std::uint8_t>(fd, kTablesAt), 0x53u);  // page 0: removed (3), page 1: poisoned (5)
 
   ASSERT_TRUE(state_.move(pages(0, 4), pages(600, 1).start));
-  EXPECT_EQ(peek<std::uint32_t>(fd, kActiveLayoutAt), 0u);
+  EXPECT_EQ(peek<std::uint32_t>(fd, kProgressAt), 0u);
   EXPECT_EQ(peek<std::uint32_t>(fd, kLayoutsAt + 24), 0xffffffffu);  // what was left behind
 }
 

@@ -923,6 +923,47 @@ TEST_F(SessionTest, ASessionThatIsTakenUpAgainBringsWhatIsMissing) {
   EXPECT_EQ(at(20), std::byte{0});
 }
 
+TEST_F(SessionTest, EventsThatWereReadAndNotAppliedAreAppliedByWhoTakesTheSessionUp) {
+  // What its owner had read when it was cut off: a fault, and what a client has done since.
+  SessionState state = SessionState::create("fake").value();
+  ASSERT_TRUE(state.add_region(pages(0, 64), StoreOffset(0), kPage4K));
+  kernel_.fault(pages(1));
+  kernel_.removed(pages(4, 2));
+  kernel_.moved(pages(0, 8), pages(500).start);
+  kernel_.removed(pages(506, 1));
+  kernel_.messages.push_back({.event = abi::kEventFork, .reserved = {}, .arg = {.fork = {.ufd = 77}}});
+  kernel_.unmap(pages(16, 8));
+  ASSERT_EQ(Uffd::adopt(3, Features(), kernel_).read(state.empty_inbox()).messages, 6u);
+
+  Session next(Uffd::adopt(3, Features(), kernel_), SessionState::open(UniqueFd(::dup(state.fd()))).value(),
+               {lane_}, {}, host_);
+  std::vector<int> asked;
+  next.apply_inbox([&](int fd) { return asked.push_back(fd), true; });
+  EXPECT_EQ(asked, std::vector<int>{77});
+  ASSERT_EQ(host_.children.size(), 1u);
+  EXPECT_EQ(next.state().layout().find(pages(16).start), nullptr);
+  for (const std::uint64_t page : {501u, 504u, 506u, 24u}) kernel_.fault(pages(page));
+  while (next.step().again) {
+  }
+  EXPECT_EQ(at(501), tag_of(1));
+  EXPECT_EQ(at(504), std::byte{0});
+  EXPECT_EQ(at(506), std::byte{0});
+  EXPECT_EQ(at(24), tag_of(24));
+  EXPECT_EQ(counter(next.counters().faults), 4u);  // the one that was read comes again by a wake
+}
+
+TEST_F(SessionTest, AForkWhoseDescriptorIsNotItsOwnIsLeftOut) {
+  SessionState state = SessionState::create("fake").value();
+  ASSERT_TRUE(state.add_region(pages(0, 64), StoreOffset(0), kPage4K));
+  kernel_.messages.push_back({.event = abi::kEventFork, .reserved = {}, .arg = {.fork = {.ufd = 77}}});
+  ASSERT_EQ(Uffd::adopt(3, Features(), kernel_).read(state.empty_inbox()).messages, 1u);
+  Session next(Uffd::adopt(3, Features(), kernel_), SessionState::open(UniqueFd(::dup(state.fd()))).value(),
+               {lane_}, {}, host_);
+  next.apply_inbox([](int) { return false; });
+  EXPECT_TRUE(host_.children.empty());
+  EXPECT_EQ(next.state().inbox()[0].event, 0);
+}
+
 TEST_F(SessionTest, ASessionThatIsTakenUpAgainWakesAlsoThreadsOutsideOfEveryRegion) {
   // Such a fault may have been read by whoever served before, and no list has its address.
   session_.wake_all();
