@@ -26,8 +26,9 @@
 // Lifetime: the Kernel owns all processes and threads; references stay valid until it is destroyed. What
 // uses system_calls() (a Uffd) must be destroyed before it.
 //
-// Not modelled: transparent huge pages, swap, memory pressure, page migration, GUP pins,
-// ptrace. Compared with Linux 6.18 by tests/differential; docs/userfaultfd.md explains the mechanism.
+// Not modelled: swap, memory pressure, page migration, ptrace. Transparent huge pages and pinned pages are
+// there as far as the kernel's own tests of userfaultfd go (tests/selftests). Compared with Linux 6.18 by
+// tests/differential; docs/userfaultfd.md explains the mechanism.
 #pragma once
 
 #include <uffdkit/abi.h>
@@ -154,9 +155,23 @@ struct Access {
   bool write = false;
   bool kernel_mode = false;
   std::byte value = {};  // what is written
+  // A compare-and-exchange: a write that changes the byte only if it is this one. The completion has the byte
+  // that was there.
+  std::optional<std::byte> expected = std::nullopt;
+  // The page stays pinned for long and for reading, as a device pins it, until Process::unpin(). In kernel
+  // mode.
+  bool pin = false;
 };
 
-enum class Advice : std::uint8_t { dont_need, free, remove };
+enum class Advice : std::uint8_t {
+  dont_need,
+  free,
+  remove,
+  dont_fork,
+  huge_page,     // a fault may map 2 MiB at once
+  no_huge_page,  // takes huge_page back
+  collapse,      // of present pages one huge page is made. EBUSY: one is not there. Since 6.1
+};
 
 struct Remap {
   AddressRange from;
@@ -238,10 +253,16 @@ class Process {
   virtual Result<Address> map(const MapRequest& request) = 0;
   // The bytes that a debugger would see, without any fault: what is not present reads as nullopt.
   virtual std::optional<std::byte> peek(Address address) const = 0;
+  // The same of a run of bytes: how many are there before the first that is not present.
+  virtual std::size_t peek(Address address, std::span<std::byte> to) const = 0;
+  // Writes what one store after the other would, as long as none of them faults. Returns how many did not.
+  virtual std::size_t poke(Address address, std::span<const std::byte> bytes) = 0;
   // Whether the page at `address` is present, and whether its uffd-wp bit (or marker) is set: what
   // /proc/PID/pagemap shows.
   virtual bool present(Address address) const = 0;
   virtual bool write_protected(Address address) const = 0;
+  // Gives up all pins of its threads (Access::pin).
+  virtual void unpin() = 0;
 
   // SCM_RIGHTS: a descriptor of `to` for what `fd` is here. Returns it, or -EBADF, -EMFILE.
   virtual int pass_descriptor(int fd, Process& to) = 0;

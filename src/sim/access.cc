@@ -32,9 +32,27 @@ Completion refuse(ThreadImpl& thread, const Access& access, FaultAnswer::Kind ki
 Completion carry_out(const Area& area, Pte& pte, const Access& access) {
   Completion completion{.kind = Completion::Kind::value};
   const std::uint64_t at = access.address.value % area.page();
-  if (access.write) pte.frame->bytes[at] = access.value;
   completion.value = pte.frame ? pte.frame->bytes[at] : std::byte{};
+  if (!access.write || (access.expected && *access.expected != completion.value)) return completion;
+  pte.frame->bytes[at] = access.value;
+  if (!access.expected) completion.value = access.value;
   return completion;
+}
+
+// A private page that others may share is copied before it is pinned, so that the device sees what the
+// process sees; it stays armed. Source: mm/gup.c, gup_must_unshare(); mm/memory.c, wp_page_copy(), and
+// mm/hugetlb.c, hugetlb_wp(), with FAULT_FLAG_UNSHARE.
+bool pin_page(ProcessImpl& process, Area& area, Pte& pte, std::uint64_t page) {
+  if (pte.zero || (!area.shared() && !pte.frame->exclusive)) {
+    FramePtr copy =
+        area.huge() ? allocate_private(area, area.offset_of(page)) : std::make_shared<Frame>(kSmallPage);
+    if (!copy) return false;
+    if (pte.frame) copy->bytes = pte.frame->bytes;
+    process.space()->split(page, page + area.page());
+    pte = Pte{.frame = std::move(copy), .anon = true, .wp = pte.wp};
+  }
+  process.pin(pte.frame);
+  return true;
 }
 
 }  // namespace
@@ -42,8 +60,12 @@ Completion carry_out(const Area& area, Pte& pte, const Access& access) {
 Operation access_memory(ThreadImpl& thread, Access access) {
   for (;;) {
     AddressSpace& space = *thread.process().space();
-    if (Pte* pte = reachable(space, access.address.value, access.write))
-      co_return carry_out(*space.find(access.address.value), *pte, access);
+    if (Pte* pte = reachable(space, access.address.value, access.write)) {
+      Area& area = *space.find(access.address.value);
+      const std::uint64_t page = access.address.value / area.page() * area.page();
+      if (access.pin && !pin_page(thread.process(), area, *pte, page)) co_return result(-ENOMEM);
+      co_return carry_out(area, *pte, access);
+    }
 
     FaultAnswer fault = handle_fault(space, {.address = access.address.value,
                                              .write = access.write,

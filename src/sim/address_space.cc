@@ -16,7 +16,13 @@ bool same_anon_group(const Area& a, const Area& b) {
 bool continues(const Area& a, const Area& b) {
   return a.end == b.start && a.memory == b.memory && a.object == b.object &&
          a.offset + (a.end - a.start) == b.offset && a.may_write == b.may_write && a.context == b.context &&
-         a.modes == b.modes && a.reservation == b.reservation;
+         a.modes == b.modes && a.reservation == b.reservation && a.dont_fork == b.dont_fork &&
+         a.huge_advised == b.huge_advised;
+}
+
+bool same_traits(const Area& a, const Area& b) {
+  return a.context == b.context && a.modes == b.modes && a.readable == b.readable &&
+         a.writable == b.writable && a.dont_fork == b.dont_fork && a.huge_advised == b.huge_advised;
 }
 
 // Neighbours become one area when nothing tells them apart: that is what lets one COPY span ranges that were
@@ -68,6 +74,7 @@ void AddressSpace::insert(Area area) {
 void AddressSpace::cut(std::uint64_t address) {
   Area* area = find(address);
   if (area == nullptr || area->start == address) return;
+  split_ends(address, address);
   Area right = *area;
   right.offset = area->offset_of(address);
   right.start = address;
@@ -98,10 +105,7 @@ void AddressSpace::change(std::uint64_t start, std::uint64_t end, const std::fun
     Area edited = *find(from);
     const std::uint64_t to = std::min(end, edited.end);
     edit(edited);
-    Area& area = *find(from);
-    const bool same = area.context == edited.context && area.modes == edited.modes &&
-                      area.readable == edited.readable && area.writable == edited.writable;
-    if (same) continue;
+    if (same_traits(*find(from), edited)) continue;
     cut(from);
     cut(to);
     Area& part = *find(from);
@@ -109,6 +113,8 @@ void AddressSpace::change(std::uint64_t start, std::uint64_t end, const std::fun
     part.modes = edited.modes;
     part.readable = edited.readable;
     part.writable = edited.writable;
+    part.dont_fork = edited.dont_fork;
+    part.huge_advised = edited.huge_advised;
   }
   merge(start, end);
 }
@@ -116,6 +122,7 @@ void AddressSpace::change(std::uint64_t start, std::uint64_t end, const std::fun
 void AddressSpace::remove(std::uint64_t start, std::uint64_t end) {
   cut(start);
   cut(end);
+  split(start, end);
   for (Area* area : in_range(start, end)) {
     pages_.erase(pages_.lower_bound(area->start), pages_.lower_bound(area->end));
     areas_.erase(area->start);
@@ -149,6 +156,7 @@ void AddressSpace::zap(const Area& area, std::uint64_t start, std::uint64_t end,
   // A marker that is there stays even where protection is not registered any more; a page leaves one only
   // where it is, but for huge pages.
   const bool page_leaves_marker = area.huge() || area.registered_for(abi::kRegisterWp);
+  split(start, end);
   auto it = pages_.lower_bound(start);
   while (it != pages_.end() && it->first < end) {
     const Pte& pte = it->second;
@@ -169,6 +177,7 @@ void AddressSpace::zap(const Area& area, std::uint64_t start, std::uint64_t end,
 void AddressSpace::protect(const Area& area, std::uint64_t start, std::uint64_t end, bool arm) {
   const bool marks_empty =
       !area.anonymous() || (area.context && (area.context->features & abi::kFeatureWpUnpopulated) != 0);
+  split_ends(start, end);
   for (std::uint64_t page = start; page < end; page += area.page()) {
     Pte* pte = entry(page);
     if (pte == nullptr) {
@@ -182,6 +191,24 @@ void AddressSpace::protect(const Area& area, std::uint64_t start, std::uint64_t 
       if (arm) pte->writable = false;  // disarmed, the next write finds out by itself whether it may go ahead
     }
   }
+}
+
+// Source: mm/huge_memory.c, __split_huge_pmd() and its callers; Documentation/mm/transhuge.rst.
+void AddressSpace::split(std::uint64_t start, std::uint64_t end) {
+  if (start >= end) return;
+  huge_.erase(huge_.lower_bound(start / kHugePage * kHugePage), huge_.lower_bound(end));
+}
+
+void AddressSpace::split_ends(std::uint64_t start, std::uint64_t end) {
+  for (const std::uint64_t at : {start, end})
+    if (at % kHugePage != 0) huge_.erase(at / kHugePage * kHugePage);
+}
+
+std::vector<std::uint64_t> AddressSpace::huge_in_range(std::uint64_t start, std::uint64_t end) const {
+  std::vector<std::uint64_t> found;
+  for (auto it = huge_.lower_bound(start); it != huge_.end() && *it + kHugePage <= end; ++it)
+    found.push_back(*it);
+  return found;
 }
 
 void AddressSpace::unmap_file_range(const PageCache& object, std::uint64_t first, std::uint64_t end,

@@ -23,6 +23,8 @@ struct Area {
   bool readable = true;
   bool writable = true;
   bool may_write = true;  // false: a shared mapping that can never be made writable
+  bool dont_fork = false;
+  bool huge_advised = false;  // MADV_HUGEPAGE
   // Which areas' private pages belong together; 0 as long as there is none. Areas with different ones never
   // merge. Source: mm/vma.c, is_mergeable_anon_vma().
   std::uint64_t anon_group = 0;
@@ -69,7 +71,7 @@ class AddressSpace {
   std::uint64_t find_place(std::uint64_t length, std::uint64_t alignment) const;
   // Adds an area, and merges it with neighbours that are alike.
   void insert(Area area);
-  // Changes the registration and the protection of all areas in [start, end): `edit` is given a copy of each.
+  // Changes registration, protection and advice of all areas in [start, end): `edit` is given a copy of each.
   // Areas are cut at the ends of the range where something did change, and merged where they have become
   // alike.
   void change(std::uint64_t start, std::uint64_t end, const std::function<void(Area&)>& edit);
@@ -87,7 +89,10 @@ class AddressSpace {
   Pte* entry(std::uint64_t page);
   const Pte* entry(std::uint64_t page) const;
   void set(std::uint64_t page, Pte pte) { pages_[page] = std::move(pte); }
-  void clear(std::uint64_t page) { pages_.erase(page); }
+  void clear(std::uint64_t page) {
+    split(page, page + kSmallPage);
+    pages_.erase(page);
+  }
   // Takes pages out of the page table, as MADV_DONTNEED does.
   void zap(const Area& area, std::uint64_t start, std::uint64_t end, PrivateCopies copies);
   // Arms or disarms [start, end) of an area: the uffd-wp bit of present pages, and markers for empty ones
@@ -97,11 +102,23 @@ class AddressSpace {
   void unmap_file_range(const PageCache& object, std::uint64_t first, std::uint64_t end,
                         PrivateCopies copies);
 
+  // ---- transparent huge pages: 2 MiB of small pages that one entry maps, until that has to be split
+  bool mapped_huge(std::uint64_t page) const { return huge_.contains(page / kHugePage * kHugePage); }
+  // The 2 MiB from `start`, whose pages are all present.
+  void map_huge(std::uint64_t start) { huge_.insert(start); }
+  // Splits those that have a part in [start, end).
+  void split(std::uint64_t start, std::uint64_t end);
+  // Splits those that are cut by an end of [start, end).
+  void split_ends(std::uint64_t start, std::uint64_t end);
+  // Those that lie in [start, end).
+  std::vector<std::uint64_t> huge_in_range(std::uint64_t start, std::uint64_t end) const;
+
  private:
   void merge(std::uint64_t start, std::uint64_t end);
 
   std::map<std::uint64_t, Area> areas_;
   std::map<std::uint64_t, Pte> pages_;
+  std::set<std::uint64_t> huge_;  // where they start
   std::uint64_t last_anon_group_ = 0;
 };
 

@@ -1,4 +1,5 @@
-// madvise(2): DONTNEED, FREE, REMOVE.
+// madvise(2): DONTNEED, FREE, REMOVE, which discard pages; DONTFORK, HUGEPAGE, NOHUGEPAGE, which are kept
+// with the area; COLLAPSE.
 #include <algorithm>
 #include <cerrno>
 
@@ -81,6 +82,62 @@ Operation advise_memory(ThreadImpl& thread, AddressRange range, Advice advice) {
     start = slept ? end : area_end;
   }
   co_return result(hole ? -ENOMEM : 0);
+}
+
+Operation mark_memory(ThreadImpl& thread, AddressRange range, Advice advice) {
+  AddressSpace& space = *thread.process().space();
+  const std::uint64_t start = range.start.value;
+  const std::uint64_t end = start + round_up(range.length.value, kSmallPage);
+  if (!page_aligned(start)) co_return result(-EINVAL);
+  std::uint64_t at = start;
+  bool refused = false;
+  for (const Area* area : space.in_range(start, end)) {
+    if (area->start > at) break;
+    refused = refused || (area->huge() && advice != Advice::dont_fork);
+    at = area->end;
+  }
+  if (refused) co_return result(-EINVAL);
+  space.change(start, end, [advice](Area& area) {
+    if (advice == Advice::dont_fork)
+      area.dont_fork = true;
+    else
+      area.huge_advised = advice == Advice::huge_page;
+  });
+  co_return result(at < end ? -ENOMEM : 0);
+}
+
+// Every 2 MiB that lie in the range and in one area become one page, if all of their pages are there: mapped,
+// or in the page cache of a shared file. What is armed is left alone. Source: mm/khugepaged.c,
+// madvise_collapse(), hpage_collapse_scan_pmd(), hpage_collapse_scan_file().
+Operation collapse_memory(ThreadImpl& thread, AddressRange range) {
+  AddressSpace& space = *thread.process().space();
+  if (thread.process().machine().options.version < Version{6, 1}) co_return result(-EINVAL);
+  const std::uint64_t end = (range.start.value + range.length.value) / kHugePage * kHugePage;
+  int error = 0;
+  for (std::uint64_t start = round_up(range.start.value, kHugePage); start < end; start += kHugePage) {
+    Area* area = space.find(start);
+    if (area == nullptr) co_return result(-ENOMEM);
+    if (area->end < start + kHugePage || area->huge() || !(area->anonymous() || area->shmem()))
+      co_return result(-EINVAL);
+    const bool from_cache = area->memory == Memory::shmem_shared;
+    bool all = true;
+    for (std::uint64_t page = start; page < start + kHugePage; page += kSmallPage) {
+      const Pte* pte = space.entry(page);
+      const bool there = pte != nullptr && pte->present() && !pte->zero;
+      if (pte != nullptr && pte->wp) all = false;
+      if (!there && !(from_cache && area->object->find(area->offset_of(page)))) all = false;
+    }
+    if (!all) {
+      error = -EBUSY;
+      continue;
+    }
+    for (std::uint64_t page = start; page < start + kHugePage; page += kSmallPage) {
+      if (space.entry(page) != nullptr) continue;
+      space.set(page, Pte{.frame = area->object->find(area->offset_of(page)), .writable = area->writable});
+    }
+    space.map_huge(start);
+  }
+  co_return result(error);
 }
 
 }  // namespace uffdkit::sim

@@ -41,7 +41,9 @@ FaultAnswer write_to_protected(AddressSpace& space, Area& area, Pte& pte, const 
   if (pte.wp && area.registered_for(abi::kRegisterWp)) {
     if ((area.context->features & abi::kFeatureWpAsync) == 0)
       return to_userfaultfd(area, request, abi::kPagefaultWp);
-    pte.wp = false;  // asynchronous: the cleared bit is the record of the write
+    // Asynchronous: the cleared bit is the record of the write.
+    pte.wp = false;
+    if (!area.huge()) space.split(request.address, request.address + 1);
   }
   // An armed huge page whose mapping was registered again without write-protect faults: the fault handler
   // leaves it to a userfaultfd that is not asked, and the writer faults for ever, at full speed. A trap
@@ -62,17 +64,33 @@ FaultAnswer write_to_protected(AddressSpace& space, Area& area, Pte& pte, const 
                       : std::make_shared<Frame>(kSmallPage);
   if (!copy) return answer(Kind::refused);
   if (pte.frame) copy->bytes = pte.frame->bytes;
+  if (!area.huge()) space.split(request.address, request.address + 1);
   pte = Pte{.frame = std::move(copy), .anon = true, .writable = true};
   return answer(Kind::retry);
 }
 
 // ---- a page that is not there ---------------------------------------------------------------------------
 
+// A fault maps 2 MiB at once where that was advised and where nothing is mapped of them yet.
+// Source: mm/huge_memory.c, do_huge_pmd_anonymous_page(); Documentation/admin-guide/mm/transhuge.rst.
+bool map_huge_anonymous(AddressSpace& space, const Area& area, std::uint64_t address, bool write) {
+  const std::uint64_t start = address / kHugePage * kHugePage;
+  if (!area.huge_advised || start < area.start || start + kHugePage > area.end) return false;
+  const auto first = space.pages().lower_bound(start);
+  if (first != space.pages().end() && first->first < start + kHugePage) return false;
+  for (std::uint64_t page = start; page < start + kHugePage; page += kSmallPage)
+    space.set(page, write ? Pte{.frame = std::make_shared<Frame>(kSmallPage), .anon = true, .writable = true}
+                          : Pte{.zero = true});
+  space.map_huge(start);
+  return true;
+}
+
 // Source: mm/memory.c, do_anonymous_page().
 FaultAnswer missing_anonymous(AddressSpace& space, Area& area, std::uint64_t page, bool armed,
                               const FaultRequest& request) {
   if (request.write) space.prepare_anonymous(area);
   if (area.registered_for(abi::kRegisterMissing)) return to_userfaultfd(area, request, kMissingReason);
+  if (!armed && map_huge_anonymous(space, area, page, request.write)) return answer(Kind::retry);
   if (request.write)
     space.set(
         page,

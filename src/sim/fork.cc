@@ -14,6 +14,14 @@ abi::Msg fork_message() {
   return message;
 }
 
+// nullptr: the pool of huge pages is empty.
+FramePtr copy_of(const Frame& frame) {
+  if (frame.pool && !frame.pool->take(false)) return nullptr;
+  auto copy = std::make_shared<Frame>(frame.bytes.size(), frame.pool);
+  copy->bytes = frame.bytes;
+  return copy;
+}
+
 struct ForkNotice {
   Changing changing;
   ContextPtr parent;
@@ -21,13 +29,18 @@ struct ForkNotice {
 };
 
 // The entry that a child gets, and what becomes of the parent's. Private pages are shared from now on, to be
-// copied by the next write. Armed pages stay armed only where the child is registered for it. Source:
-// mm/memory.c, copy_present_pte(), copy_nonpresent_pte().
+// copied by the next write; those that are pinned are copied at once, because a device must go on seeing the
+// parent's. Armed pages stay armed only where the child is registered for it. Source: mm/memory.c,
+// copy_present_pte(), copy_present_page(), copy_nonpresent_pte(); mm/hugetlb.c, copy_hugetlb_page_range().
 std::optional<Pte> share_entry(Pte& parent, const Area& child_area) {
   const bool armed = parent.wp && child_area.registered_for(abi::kRegisterWp);
   if (parent.marker()) {
     if (!parent.poison && !armed) return std::nullopt;
     return Pte{.wp = armed && !parent.poison, .poison = parent.poison};
+  }
+  if (parent.anon && parent.frame->pins > 0) {
+    FramePtr copy = copy_of(*parent.frame);
+    if (copy) return Pte{.frame = std::move(copy), .anon = true, .writable = parent.writable, .wp = armed};
   }
   if (!child_area.shared()) {
     parent.writable = false;
@@ -42,6 +55,7 @@ std::optional<Pte> share_entry(Pte& parent, const Area& child_area) {
 void share_memory(AddressSpace& parent, const std::shared_ptr<AddressSpace>& child,
                   std::vector<ForkNotice>& notices) {
   for (const auto& [start, parent_area] : parent.areas()) {
+    if (parent_area.dont_fork) continue;
     Area area = parent_area;
     area.reservation = nullptr;  // only who made the mapping owns it
     area.context = nullptr;
@@ -68,6 +82,8 @@ void share_memory(AddressSpace& parent, const std::shared_ptr<AddressSpace>& chi
     auto& pages = parent.pages();
     for (auto it = pages.lower_bound(area.start); it != pages.end() && it->first < area.end; ++it)
       if (std::optional<Pte> pte = share_entry(it->second, area)) child->set(it->first, std::move(*pte));
+    if (!area.anonymous()) continue;
+    for (const std::uint64_t huge : parent.huge_in_range(area.start, area.end)) child->map_huge(huge);
   }
 }
 

@@ -46,8 +46,11 @@ class ProcessImpl final : public Process {
   std::vector<Thread*> threads() override;
   Result<Address> map(const MapRequest& request) override;
   std::optional<std::byte> peek(Address address) const override;
+  std::size_t peek(Address address, std::span<std::byte> to) const override;
+  std::size_t poke(Address address, std::span<const std::byte> bytes) override;
   bool present(Address address) const override;
   bool write_protected(Address address) const override;
+  void unpin() override;
   int pass_descriptor(int fd, Process& to) override;
   Process& clone_with_files() override;
   void kill() override;
@@ -58,6 +61,7 @@ class ProcessImpl final : public Process {
   std::shared_ptr<DescriptorTable>& descriptors() { return descriptors_; }
   const Credentials& credentials() const { return who_; }
   Caller caller();
+  void pin(FramePtr frame);
   const std::vector<std::unique_ptr<ThreadImpl>>& all_threads() const { return threads_; }
 
  private:
@@ -71,6 +75,7 @@ class ProcessImpl final : public Process {
   std::shared_ptr<DescriptorTable> descriptors_;
   std::shared_ptr<AddressSpace> space_;
   std::unique_ptr<SystemCalls> calls_;
+  std::vector<FramePtr> pinned_;
   // Destroyed first: their operations hold on to userfaultfds and memory.
   std::vector<std::unique_ptr<ThreadImpl>> threads_;
 };

@@ -61,6 +61,7 @@ struct Frame {
   // Anonymous pages only: known to be in one page table alone. Cleared by fork(2), set again by a write that
   // finds no other user. MOVE takes exclusive pages only.
   bool exclusive = true;
+  unsigned pins = 0;  // by devices, for long
   HugePoolPtr pool;
 };
 using FramePtr = std::shared_ptr<Frame>;

@@ -20,12 +20,22 @@ int move_page(AddressSpace& space, std::uint64_t src, std::uint64_t dst, bool ho
   if (from == nullptr) return holes_allowed ? 0 : -ENOENT;  // counts as moved; the destination stays missing
   if (from->marker()) return -EFAULT;
   // A page that fork(2) once shared stays refused, even after the child is gone, until somebody writes to it.
-  if (!from->zero && (!from->anon || !from->frame->exclusive)) return -EBUSY;
+  // So does one that is pinned.
+  if (!from->zero && (!from->anon || !from->frame->exclusive || from->frame->pins > 0)) return -EBUSY;
   // The uffd-wp bit is lost on the way: an armed page arrives writable. A known gap, 6.8 to 6.18.
   Pte moved{.frame = from->frame, .zero = from->zero, .anon = from->anon, .writable = !from->zero};
   space.clear(src);
   space.set(dst, std::move(moved));
   return 0;
+}
+
+// A huge page moves whole from one place for huge pages to another that is empty; otherwise it is split
+// first. Source: mm/userfaultfd.c, move_pages(), move_splits_huge_pmd().
+bool moves_whole(AddressSpace& space, std::uint64_t src, std::uint64_t dst, std::uint64_t left) {
+  if (!space.mapped_huge(src) || src % kHugePage != 0 || dst % kHugePage != 0 || left < kHugePage)
+    return false;
+  const auto at_dst = space.pages().lower_bound(dst);
+  return at_dst == space.pages().end() || at_dst->first >= dst + kHugePage;
 }
 
 std::int64_t move_range(AddressSpace& space, const Context& context, const abi::CopyArgs& args) {
@@ -38,9 +48,13 @@ std::int64_t move_range(AddressSpace& space, const Context& context, const abi::
   if (!can_move(*src, *dst, context)) return -EINVAL;
 
   const bool holes_allowed = (args.mode & abi::kMoveAllowSrcHoles) != 0;
+  std::uint64_t whole_to = 0;
   for (std::uint64_t done = 0; done < args.len; done += kSmallPage) {
-    const int result = move_page(space, args.src + done, args.dst + done, holes_allowed);
+    const std::uint64_t to = args.dst + done;
+    if (to >= whole_to && moves_whole(space, args.src + done, to, args.len - done)) whole_to = to + kHugePage;
+    const int result = move_page(space, args.src + done, to, holes_allowed);
     if (result < 0) return done != 0 ? static_cast<std::int64_t>(done) : result;
+    if (to + kSmallPage == whole_to) space.map_huge(whole_to - kHugePage);
   }
   return static_cast<std::int64_t>(args.len);
 }

@@ -61,6 +61,11 @@ class Scan {
   bool arms() const { return (args_.flags & abi::kScanWpMatching) != 0; }
   bool reports() const { return args_.vec_len != 0; }
 
+  // Whether so many bytes are more pages than may still be found.
+  bool cannot_report(std::uint64_t bytes) const {
+    return args_.max_pages != 0 && args_.max_pages - pages_found_ < bytes / kSmallPage;
+  }
+
   bool matches(std::uint64_t categories) const {
     categories ^= args_.category_inverted;
     return (categories & args_.category_mask) == args_.category_mask &&
@@ -104,6 +109,14 @@ class Scan {
     const Pte* pte = space_.entry(page);
     const bool hole = pte == nullptr && (area.huge() || !has_table(page));
     std::uint64_t categories = categories_of(area, pte);
+    if (space_.mapped_huge(page)) {
+      // Arming a part of a huge page splits it. Source: pagemap_scan_thp_entry().
+      const std::uint64_t first = page / kHugePage * kHugePage;
+      if (arms() && (first < args_.start || first + kHugePage > args_.end || cannot_report(kHugePage)))
+        space_.split(page, next);
+      else
+        categories |= abi::kPageHuge;
+    }
     // Arming without a report takes all pages, whatever was asked. Source: pagemap_scan_pmd_entry().
     const bool without_question = !hole && !area.huge() && arms() && !reports();
     if (pte == nullptr && !hole) categories |= abi::kPageWritten;

@@ -2,9 +2,18 @@
 #include <cerrno>
 
 #include "base/check.h"
+#include "sim/fault.h"
 #include "sim/machine.h"
 
 namespace uffdkit::sim {
+namespace {
+
+// How much of [address, address + bytes) lies on the page at `address`.
+std::size_t part_of_page(Address address, const Frame& frame, std::size_t bytes) {
+  return std::min<std::size_t>(bytes, frame.bytes.size() - address.value % frame.bytes.size());
+}
+
+}  // namespace
 
 ProcessImpl::ProcessImpl(Machine& machine, Credentials who, std::shared_ptr<DescriptorTable> descriptors,
                          std::shared_ptr<AddressSpace> space)
@@ -54,6 +63,37 @@ std::optional<std::byte> ProcessImpl::peek(Address address) const {
   return pte->frame->bytes[address.value % pte->frame->bytes.size()];
 }
 
+std::size_t ProcessImpl::peek(Address address, std::span<std::byte> to) const {
+  static const Frame zeros(kSmallPage);
+  std::size_t done = 0;
+  while (done < to.size()) {
+    const Address at = address + ByteCount(done);
+    const Pte* pte = entry(at);
+    if (pte == nullptr || !pte->present()) break;
+    const Frame& frame = pte->frame ? *pte->frame : zeros;
+    const std::size_t part = part_of_page(at, frame, to.size() - done);
+    std::copy_n(frame.bytes.begin() + static_cast<std::ptrdiff_t>(at.value % frame.bytes.size()), part,
+                to.begin() + static_cast<std::ptrdiff_t>(done));
+    done += part;
+  }
+  return done;
+}
+
+std::size_t ProcessImpl::poke(Address address, std::span<const std::byte> bytes) {
+  std::size_t done = 0;
+  while (done < bytes.size()) {
+    const Address at = address + ByteCount(done);
+    Pte* pte = reachable(*space_, at.value, true);
+    if (pte == nullptr) break;
+    std::vector<std::byte>& page = pte->frame->bytes;
+    const std::size_t part = part_of_page(at, *pte->frame, bytes.size() - done);
+    std::copy_n(bytes.begin() + static_cast<std::ptrdiff_t>(done), part,
+                page.begin() + static_cast<std::ptrdiff_t>(at.value % page.size()));
+    done += part;
+  }
+  return done;
+}
+
 bool ProcessImpl::present(Address address) const {
   const Pte* pte = entry(address);
   return pte != nullptr && pte->present();
@@ -62,6 +102,16 @@ bool ProcessImpl::present(Address address) const {
 bool ProcessImpl::write_protected(Address address) const {
   const Pte* pte = entry(address);
   return pte != nullptr && pte->wp;
+}
+
+void ProcessImpl::pin(FramePtr frame) {
+  ++frame->pins;
+  pinned_.push_back(std::move(frame));
+}
+
+void ProcessImpl::unpin() {
+  for (const FramePtr& frame : pinned_) --frame->pins;
+  pinned_.clear();
 }
 
 int ProcessImpl::pass_descriptor(int fd, Process& to) {
@@ -82,6 +132,7 @@ void ProcessImpl::kill() {
   if (!alive_) return;
   alive_ = false;
   end_threads();
+  unpin();
   space_->alive = false;
   space_->remove(0, UINT64_MAX);
   // Descriptors that another process shares stay open.
@@ -93,6 +144,7 @@ void ProcessImpl::exec() {
   CHECK(alive_);
   end_threads();
   threads_.clear();
+  unpin();
   space_->alive = false;
   space_->remove(0, UINT64_MAX);
   space_ = machine_.new_space();

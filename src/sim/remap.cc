@@ -27,6 +27,10 @@ void move_pages(AddressSpace& space, const Area& from, std::uint64_t old_start, 
   moved.end = new_start + new_length;
   // Anonymous memory without pages of its own is as good as mapped there.
   moved.offset = from.anonymous() && from.anon_group == 0 ? new_start : from.offset_of(old_start);
+  // Huge pages stay huge where the new place can have them. Source: mm/mremap.c, move_huge_pmd().
+  std::vector<std::uint64_t> huge;
+  if ((new_start - old_start) % kHugePage == 0) huge = space.huge_in_range(old_start, old_start + old_length);
+  space.split(old_start, old_start + old_length);
   auto& pages = space.pages();
   const auto first = pages.lower_bound(old_start);
   const auto end = pages.lower_bound(old_start + old_length);
@@ -38,6 +42,7 @@ void move_pages(AddressSpace& space, const Area& from, std::uint64_t old_start, 
     if (disarms) pte.wp = false;
     space.set(page - old_start + new_start, std::move(pte));
   }
+  for (const std::uint64_t start : huge) space.map_huge(start - old_start + new_start);
   if (keeps_registration) return;
   // The area is dropped from registration after it has merged with its new neighbours, which are dropped with
   // it: moving a page next to its own area leaves all of that area unregistered.

@@ -49,7 +49,18 @@ void ThreadImpl::unmap(AddressRange range) {
   start(unmap_memory(*this, range));
 }
 void ThreadImpl::advise(AddressRange range, Advice advice) {
-  start(advise_memory(*this, range, advice));
+  switch (advice) {
+    case Advice::dont_need:
+    case Advice::free:
+    case Advice::remove:
+      return start(advise_memory(*this, range, advice));
+    case Advice::dont_fork:
+    case Advice::huge_page:
+    case Advice::no_huge_page:
+      return start(mark_memory(*this, range, advice));
+    case Advice::collapse:
+      return start(collapse_memory(*this, range));
+  }
 }
 void ThreadImpl::remap(Remap remap) {
   start(remap_memory(*this, remap));
