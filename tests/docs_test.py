@@ -25,6 +25,7 @@ TEST_NAME = re.compile(r"^[A-Z]\w+\.[A-Z]\w{9,}$")
 TEST = re.compile(r"^TEST(?:_F|_P)?\(\s*(\w+),\s*(\w+)\s*\)", re.MULTILINE)
 PATH = re.compile(r"^(?:\./)?[\w.+-]+(?:/[\w.+-]+)*/?$")
 COMMAND = re.compile(r"(?<![\w./])\./[\w./+-]+")
+WAYS = ("syscall", "device", "syscall_model", "device_model")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 
 
@@ -77,7 +78,8 @@ def listed_tests(text):
 
 
 def table_tests(text):
-    """The tests that the table of cases and memory types stands for: one a cell and way, cells of "-" aside."""
+    """The tests that the table of cases and memory types stands for: one a cell, way and machine, cells of "-"
+    aside."""
     types = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
@@ -86,12 +88,12 @@ def table_tests(text):
         elif len(cells) > 1 and types and not cells[0].startswith("--"):
             for memory, cell in zip(types, cells[1:]):
                 if cell != "-":
-                    yield from (f"{cells[0]}.{memory}_{way}".replace("-", "_") for way in ("syscall", "device"))
+                    yield from (f"{cells[0]}.{memory}_{way}".replace("-", "_") for way in WAYS)
 
 
 def untold_cases(page, listing):
     told, tests = set(table_tests(page.read_text())), set(listed_tests(listing))
-    tests -= {"api.syscall", "api.device"}
+    tests -= {f"api.{way}" for way in WAYS}
     if not told:
         yield f"{page.name}: there is no table of cases"
     for name in sorted(tests - told):
@@ -185,15 +187,16 @@ class SelfTest(unittest.TestCase):
         self.assertEqual(list(missing_tests(page, tests)), ["a.md: there is no test Page.IsLostSomewhere"])
 
     def test_a_table_that_is_not_the_list_of_tests_is_caught(self):
-        listing = "Running main() from x.cc\napi.\n  syscall\n  device\nwp_fork.\n  anon_syscall\n  anon_device\n"
+        listing = "Running main() from x.cc\napi.\n" + "".join(f"  {way}\n" for way in WAYS)
+        listing += "wp_fork.\n" + "".join(f"  anon_{way}\n" for way in WAYS)
         head = "| case | anon | shmem-private |\n|---|---|---|\n"
         sound = self.write("kernels.md", head + "| wp-fork | needs x | - |\n")
         self.assertEqual(list(untold_cases(sound, listing)), [])
         stale = self.write("kernels.md", head + "| wp-fork | - | passes |\n")
         self.assertEqual(
             list(untold_cases(stale, listing)),
-            [f"kernels.md: the table has no cell for wp_fork.anon_{way}" for way in ("device", "syscall")]
-            + [f"kernels.md: there is no test wp_fork.shmem_private_{way}" for way in ("device", "syscall")],
+            [f"kernels.md: the table has no cell for wp_fork.anon_{way}" for way in sorted(WAYS)]
+            + [f"kernels.md: there is no test wp_fork.shmem_private_{way}" for way in sorted(WAYS)],
         )
 
     def test_a_path_that_is_not_there_is_caught(self):

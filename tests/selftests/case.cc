@@ -1,26 +1,18 @@
 #include "selftests/case.h"
 
-#include <fcntl.h>
-#include <linux/memfd.h>
-#include <setjmp.h>
-#include <signal.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cerrno>
 #include <string>
 #include <utility>
+#include <variant>
 
 namespace uffdkit::selftests {
 namespace {
 
-using test::Mapping;
-
-constexpr std::size_t kHugePagesMax = 8;
+constexpr std::uint64_t kSeeds = 3;  // of each case on the model
 
 const char* name_of(MemoryType type) {
   switch (type) {
@@ -38,74 +30,64 @@ const char* name_of(MemoryType type) {
   std::unreachable();
 }
 
-// What memory of this type is of: nothing, or a file in memory.
-UniqueFd file_for(MemoryType type, std::size_t bytes) {
-  if (type == MemoryType::anon) return {};
-  return test::memory_file(bytes, is_huge(type) ? MFD_HUGETLB | MFD_HUGE_2MB : 0u);
-}
-
-Mapping map(MemoryType type, int file, std::size_t bytes) {
-  if (type == MemoryType::anon) return Mapping::anonymous(bytes);
-  return Mapping::of_file(file, bytes, is_shared(type) ? MAP_SHARED : MAP_PRIVATE);
-}
-
-// ---- accesses that may give SIGBUS ----------------------------------------------------------------------
-
-thread_local sigjmp_buf after_sigbus;
-
-void leave_the_access(int) {
-  siglongjmp(after_sigbus, 1);
-}
-
-class SigbusCaught {
- public:
-  SigbusCaught() {
-    struct sigaction caught{};
-    caught.sa_handler = leave_the_access;
-    sigaction(SIGBUS, &caught, &before_);
-  }
-  ~SigbusCaught() { sigaction(SIGBUS, &before_, nullptr); }
-  SigbusCaught(const SigbusCaught&) = delete;
-  SigbusCaught& operator=(const SigbusCaught&) = delete;
-
- private:
-  struct sigaction before_{};
-};
+enum class On : bool { kernel, model };
 
 class CaseTest : public testing::Test {
  public:
-  CaseTest(MemoryType type, CreateWay way, Body body) : type_(type), way_(way), body_(body) {}
+  CaseTest(MemoryType type, CreateWay way, On on, Body body) : type_(type), way_(way), on_(on), body_(body) {}
 
   void TestBody() override {
     try {
-      Case test(type_, way_);
-      body_(test);
+      if (on_ == On::kernel) return run(*make_kernel());
+      for (std::uint64_t seed = 1; seed <= kSeeds && !HasFailure(); ++seed) {
+        SCOPED_TRACE("seed " + std::to_string(seed));
+        const std::unique_ptr<Machine> model = make_model(seed);
+        run(*model);
+      }
     } catch (const Lacking& lacking) {
       GTEST_SKIP() << lacking.what();
     }
   }
 
  private:
+  void run(Machine& machine) {
+    Case test(type_, way_, machine);
+    body_(test);
+    EXPECT_EQ(machine.mistakes(), "");
+  }
+
   MemoryType type_;
   CreateWay way_;
+  On on_;
   Body body_;
 };
 
+void register_tests(const char* name, const std::string& memory, MemoryType type, Body body, const char* file,
+                    int line) {
+  for (const On on : {On::kernel, On::model})
+    for (const CreateWay way : {CreateWay::system_call, CreateWay::device}) {
+      const std::string test =
+          memory + (way == CreateWay::device ? "device" : "syscall") + (on == On::model ? "_model" : "");
+      testing::RegisterTest(name, test.c_str(), nullptr, nullptr, file, line,
+                            [=]() -> testing::Test* { return new CaseTest(type, way, on, body); });
+    }
+}
+
 }  // namespace
 
-// ---- the kernel with one way taken away -----------------------------------------------------------------
+// ---- a machine with one way taken away ------------------------------------------------------------------
 
 int OneWay::userfaultfd(int flags) {
-  return way_ == CreateWay::system_call ? linux_system_calls().userfaultfd(flags) : -ENOSYS;
+  return way_ == CreateWay::system_call ? calls_.userfaultfd(flags) : -ENOSYS;
 }
 
 int OneWay::open(const char* path, int flags) {
   if (way_ != CreateWay::device && strcmp(path, abi::kDevicePath) == 0) return -ENOENT;
-  return linux_system_calls().open(path, flags);
+  return calls_.open(path, flags);
 }
 
 int OneWay::ioctl(int fd, unsigned long request, std::uintptr_t argument) {
-  const int result = linux_system_calls().ioctl(fd, request, argument);
+  const int result = calls_.ioctl(fd, request, argument);
   switch (request) {
     case abi::kIoctlCopy:
     case abi::kIoctlMove:
@@ -122,36 +104,7 @@ int OneWay::ioctl(int fd, unsigned long request, std::uintptr_t argument) {
   return result;
 }
 
-std::ptrdiff_t OneWay::read(int fd, void* buffer, std::size_t bytes) {
-  return linux_system_calls().read(fd, buffer, bytes);
-}
-
-int OneWay::poll_readable(int fd, int timeout_ms) {
-  return linux_system_calls().poll_readable(fd, timeout_ms);
-}
-
-int OneWay::get_flags(int fd) {
-  return linux_system_calls().get_flags(fd);
-}
-
-int OneWay::duplicate(int fd) {
-  return linux_system_calls().duplicate(fd);
-}
-
-int OneWay::close(int fd) {
-  return linux_system_calls().close(fd);
-}
-
 // ---- memory ---------------------------------------------------------------------------------------------
-
-Area::Area(MemoryType type, std::size_t pages)
-    : type_(type),
-      pages_(pages),
-      page_bytes_(is_huge(type) ? test::HugePages::kBytes : kPage4K.bytes().value),
-      file_(file_for(type, pages * page_bytes_)),
-      mapping_(map(type, file_.get(), pages * page_bytes_)) {
-  if (is_shared(type)) alias_.emplace(map(type, file_.get(), pages * page_bytes_));
-}
 
 std::vector<std::byte> contents(std::size_t page, ByteCount bytes) {
   std::vector<std::byte> made(bytes.value);
@@ -159,53 +112,17 @@ std::vector<std::byte> contents(std::size_t page, ByteCount bytes) {
   return made;
 }
 
-bool has_contents(const std::byte* memory, std::size_t page, ByteCount bytes) {
-  return std::ranges::equal(std::span(memory, bytes.value), contents(page, bytes));
+bool has_contents(Thread& thread, Address at, std::size_t page, ByteCount bytes) {
+  std::vector<std::byte> seen(bytes.value);
+  return thread.read(at, seen) && seen == contents(page, bytes);
 }
 
-bool is_zero(const std::byte* memory, ByteCount bytes) {
-  return std::ranges::all_of(std::span(memory, bytes.value), [](std::byte b) { return b == std::byte{0}; });
-}
-
-std::optional<std::byte> read_or_sigbus(const std::byte* memory) {
-  const SigbusCaught caught;
-  if (sigsetjmp(after_sigbus, 1) != 0) return std::nullopt;
-  return *static_cast<const volatile std::byte*>(memory);
-}
-
-bool write_or_sigbus(std::byte* memory, std::byte value) {
-  const SigbusCaught caught;
-  if (sigsetjmp(after_sigbus, 1) != 0) return false;
-  *static_cast<volatile std::byte*>(memory) = value;
-  return true;
-}
-
-bool is_armed(Address address) {
-  constexpr std::uint64_t kUffdWp = std::uint64_t{1} << 57;
-  const UniqueFd pagemap(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
-  std::uint64_t entry = 0;
-  const auto at = static_cast<off_t>((address.value >> kPage4K.shift()) * sizeof entry);
-  if (pread(pagemap.get(), &entry, sizeof entry, at) != sizeof entry)
-    throw std::runtime_error("/proc/self/pagemap cannot be read");
-  return (entry & kUffdWp) != 0;
-}
-
-bool is_mapped_huge(Address address) {
-  const Result<Pagemap> pagemap = Pagemap::open(0);
-  std::array<ScannedRange, 1> found;
-  const Result<ScanResult> scan = pagemap->scan(
-      {.range = {address, kPage4K.bytes()}, .mask = abi::kPageHuge, .report = abi::kPageHuge}, found);
-  if (!scan) throw Lacking("needs PAGEMAP_SCAN: " + scan.error().text());
-  return scan->ranges == 1;
+bool is_zero(Thread& thread, Address at, ByteCount bytes) {
+  std::vector<std::byte> seen(bytes.value);
+  return thread.read(at, seen) && std::ranges::all_of(seen, [](std::byte b) { return b == std::byte{0}; });
 }
 
 // ---- cases ----------------------------------------------------------------------------------------------
-
-Case::Case(MemoryType type, CreateWay way) : type_(type), system_(way) {
-  if (!is_huge(type)) return;
-  huge_pages_.emplace(kHugePagesMax);
-  if (!huge_pages_->lacking().empty()) throw Lacking(huge_pages_->lacking());
-}
 
 Uffd Case::uffd(std::uint64_t features) {
   Result<Uffd> made = Uffd::create({.required = Features(features)}, system_);
@@ -214,14 +131,37 @@ Uffd Case::uffd(std::uint64_t features) {
   return std::move(*made);
 }
 
+Message Case::next_message(const Uffd& uffd) {
+  constexpr int kPatienceMs = 30'000;
+  for (int turns = 0; turns < kPatienceMs; ++turns) {
+    if (!uffd.wait_readable(1).value()) continue;
+    abi::Msg raw;
+    if (uffd.read({&raw, 1}).messages == 1) return decode(raw);
+  }
+  throw std::runtime_error("no message came");
+}
+
+Uffd Case::take_child(const Uffd& uffd) {
+  return uffd.adopt_child(std::get<ForkEvent>(next_message(uffd)).child_fd);
+}
+
+bool Case::is_mapped_huge(Address address) {
+  const Result<Pagemap> pagemap = Pagemap::open(0, system_);
+  std::array<ScannedRange, 1> found;
+  const Result<ScanResult> scan = pagemap->scan(
+      {.range = {address, kPage4K.bytes()}, .mask = abi::kPageHuge, .report = abi::kPageHuge}, found);
+  if (!scan) throw Lacking("needs PAGEMAP_SCAN: " + scan.error().text());
+  return scan->ranges == 1;
+}
+
 bool register_case(const char* name, MemoryTypes types, Body body, const char* file, int line) {
   for (const MemoryType type : types)
-    for (const CreateWay way : {CreateWay::system_call, CreateWay::device}) {
-      const std::string test =
-          std::string(name_of(type)) + (way == CreateWay::device ? "_device" : "_syscall");
-      testing::RegisterTest(name, test.c_str(), nullptr, nullptr, file, line,
-                            [=]() -> testing::Test* { return new CaseTest(type, way, body); });
-    }
+    register_tests(name, std::string(name_of(type)) + "_", type, body, file, line);
+  return true;
+}
+
+bool register_case(const char* name, Body body, const char* file, int line) {
+  register_tests(name, "", MemoryType::anon, body, file, line);
   return true;
 }
 

@@ -1,14 +1,10 @@
 // Filling pages: register-ioctls, zeropage, poison, mmap-changing, and wp-unpopulated.
-#include <sys/mman.h>
-
 #include <cerrno>
 #include <variant>
 
 #include "selftests/case.h"
 
 namespace uffdkit::selftests {
-
-using test::Background;
 
 KERNEL_CASE(register_ioctls, kAllTypes) {
   const Uffd uffd = test.uffd();
@@ -17,7 +13,7 @@ KERNEL_CASE(register_ioctls, kAllTypes) {
     const RegisterModes modes(bits);
     SCOPED_TRACE(to_string(modes));
     const Result<RangeIoctls> ioctls = uffd.register_range(area.range(), modes);
-    if (bits == 0 || (area.type() == MemoryType::anon && modes.has(kMinor))) {
+    if (bits == 0 || (area.type == MemoryType::anon && modes.has(kMinor))) {
       ASSERT_FALSE(ioctls);
       EXPECT_EQ(ioctls.error().os_error(), EINVAL);
       continue;
@@ -39,7 +35,7 @@ KERNEL_CASE(zeropage, kAllTypes) {
   const Result<RangeIoctls> ioctls = uffd.register_range(area.range(), kMissing);
   ASSERT_TRUE(ioctls) << ioctls.error().text();
   const bool can_zero = ioctls->has(RangeIoctls(abi::kHasZeropage));
-  EXPECT_EQ(can_zero, !is_huge(area.type()));
+  EXPECT_EQ(can_zero, !is_huge(area.type));
   const Outcome first = uffd.zero(area.page(0));
   if (!can_zero) {
     EXPECT_EQ(first.stop, Stop::invalid);
@@ -47,8 +43,8 @@ KERNEL_CASE(zeropage, kAllTypes) {
     return;
   }
   EXPECT_EQ(first.stop, Stop::complete);
-  EXPECT_EQ(test.system().last_out_field(), static_cast<std::int64_t>(area.page_bytes().value));
-  EXPECT_TRUE(is_zero(area.data(), area.page_bytes()));
+  EXPECT_EQ(test.system().last_out_field(), static_cast<std::int64_t>(area.page_bytes.value));
+  EXPECT_TRUE(is_zero(test.here(), area.start, area.page_bytes));
   EXPECT_EQ(uffd.zero(area.page(0)).stop, Stop::present);
   EXPECT_EQ(test.system().last_out_field(), -EEXIST);
 }
@@ -58,35 +54,34 @@ KERNEL_CASE(poison, kAllTypes) {
   const Area area = test.area();
   ASSERT_TRUE(uffd.register_range(area.range(), kMissing));
   std::size_t killed = 0, zero = 0;
-  Background reader(uffd, area.range(), [&] {
-    for (std::size_t page = 0; page < area.pages(); ++page) {
-      if (!read_or_sigbus(area.data(page)))
+  const auto reader = test.machine().start(uffd, area.range(), [&](Thread& self) {
+    for (std::size_t page = 0; page < area.pages; ++page) {
+      if (!self.read(area.at(page)))
         ++killed;
-      else if (is_zero(area.data(page), area.page_bytes()))
+      else if (is_zero(self, area.at(page), area.page_bytes))
         ++zero;
     }
   });
-  const std::vector<std::byte> zeros(area.page_bytes().value);
-  serve(uffd, reader, [&](const Message& message) {
+  const std::vector<std::byte> zeros(area.page_bytes.value);
+  serve(uffd, *reader, [&](const Message& message) {
     const std::size_t page = area.page_of(std::get<Fault>(message).address);
-    const Outcome outcome =
-        page % 2 == 0 ? uffd.poison(area.page(page)) : uffd.copy(area.page(page).start, zeros);
+    const Outcome outcome = page % 2 == 0 ? uffd.poison(area.page(page)) : uffd.copy(area.at(page), zeros);
     EXPECT_EQ(outcome.stop, Stop::complete);
   });
-  reader.join();
-  EXPECT_EQ(killed, area.pages() / 2);
-  EXPECT_EQ(zero, area.pages() / 2);
+  reader->join();
+  EXPECT_EQ(killed, area.pages / 2);
+  EXPECT_EQ(zero, area.pages / 2);
 }
 
 KERNEL_CASE(mmap_changing, kShmem) {
   const Uffd uffd = test.uffd(abi::kFeatureEventRemove | abi::kFeatureMove | abi::kFeaturePoison);
   const Area area = test.area();
-  const std::vector<std::byte> bytes = contents(0, area.page_bytes());
+  const std::vector<std::byte> bytes = contents(0, area.page_bytes);
   ASSERT_TRUE(uffd.register_range(area.range(), kMissing));
-  ASSERT_EQ(uffd.copy(area.page(0).start, bytes).stop, Stop::complete);
+  ASSERT_EQ(uffd.copy(area.at(0), bytes).stop, Stop::complete);
   int removed = -1;
-  Background remover(uffd, area.range(),
-                     [&] { removed = madvise(area.data(), area.range().length.value, MADV_REMOVE); });
+  const auto remover = test.machine().start(
+      uffd, area.range(), [&](Thread& self) { removed = self.advise(area.range(), Advice::remove); });
   ASSERT_TRUE(uffd.wait_readable(-1));
   ASSERT_EQ(uffd.target(), Target::changing);
 
@@ -95,15 +90,15 @@ KERNEL_CASE(mmap_changing, kShmem) {
     EXPECT_EQ(outcome.os_error, EAGAIN) << call;
     EXPECT_EQ(test.system().last_out_field(), -EAGAIN) << call;
   };
-  expect_changing("COPY", uffd.copy(area.page(1).start, bytes));
+  expect_changing("COPY", uffd.copy(area.at(1), bytes));
   expect_changing("ZEROPAGE", uffd.zero(area.page(1)));
-  expect_changing("MOVE", uffd.move(area.page(1).start, area.page(2)));
+  expect_changing("MOVE", uffd.move(area.at(1), area.page(2)));
   expect_changing("POISON", uffd.poison(area.page(1)));
   expect_changing("CONTINUE", uffd.resume(area.page(1)));
-  EXPECT_FALSE(remover.finished());
+  EXPECT_FALSE(remover->finished());
 
-  EXPECT_EQ(std::get<RemoveEvent>(test::next_message(uffd)).range, area.range());
-  remover.join();
+  EXPECT_EQ(std::get<RemoveEvent>(test.next_message(uffd)).range, area.range());
+  remover->join();
   EXPECT_EQ(removed, 0);
 }
 
@@ -111,24 +106,25 @@ KERNEL_CASE(wp_unpopulated, kAnonymous) {
   const Uffd uffd = test.uffd(abi::kFeatureWpUnpopulated);
   const Area area = test.area();
   const AddressRange page = area.page(0);
-  const auto discard = [&] { return madvise(area.data(), page.length.value, MADV_DONTNEED); };
+  Thread& self = test.here();
+  const auto discard = [&] { return self.advise(page, Advice::dont_need); };
   ASSERT_TRUE(uffd.register_range(area.range(), kWriteProtect));
 
   EXPECT_EQ(uffd.protect(page).stop, Stop::complete);
-  EXPECT_TRUE(is_armed(page.start));
+  EXPECT_TRUE(self.is_armed(page.start));
   EXPECT_EQ(uffd.unprotect(page).stop, Stop::complete);
-  EXPECT_FALSE(is_armed(page.start));
+  EXPECT_FALSE(self.is_armed(page.start));
 
   EXPECT_EQ(uffd.protect(page).stop, Stop::complete);
   ASSERT_EQ(discard(), 0);
-  EXPECT_FALSE(is_armed(page.start)) << "MADV_DONTNEED leaves no marker";
-  *area.data() = std::byte{1};  // a fault here would hang: nobody serves
-  EXPECT_FALSE(is_armed(page.start));
+  EXPECT_FALSE(self.is_armed(page.start)) << "MADV_DONTNEED leaves no marker";
+  EXPECT_TRUE(self.write(page.start, std::byte{1}));  // a fault here would hang: nobody serves
+  EXPECT_FALSE(self.is_armed(page.start));
 
   ASSERT_EQ(discard(), 0);
   EXPECT_EQ(uffd.protect(page).stop, Stop::complete);
-  EXPECT_TRUE(is_zero(area.data(), page.length)) << "reading an armed empty page works";
-  EXPECT_TRUE(is_armed(page.start));
+  EXPECT_TRUE(is_zero(self, page.start, page.length)) << "reading an armed empty page works";
+  EXPECT_TRUE(self.is_armed(page.start));
   EXPECT_FALSE(uffd.wait_readable(0).value());
 }
 

@@ -1,9 +1,4 @@
 // UFFDIO_MOVE: move, move-pmd, move-pmd-split.
-#include <sys/mman.h>
-
-#include <algorithm>
-#include <cstring>
-#include <iterator>
 #include <variant>
 
 #include "selftests/case.h"
@@ -11,49 +6,33 @@
 namespace uffdkit::selftests {
 namespace {
 
-using test::Background;
-using test::Mapping;
-
 constexpr ByteCount kChunk = kPage2M.bytes();
 constexpr std::size_t kChunks = 2;
+constexpr std::size_t kChunkPages = kPage2M.bytes().value / kPage4K.bytes().value;
 
-// Anonymous memory of some chunks that begins where a huge page can be.
-class Aligned {
- public:
-  explicit Aligned(int advice) : mapping_(Mapping::anonymous((kChunks + 1) * kChunk.value)) {
-    if (madvise(data(), kChunks * kChunk.value, advice) != 0) throw Lacking("needs transparent huge pages");
-  }
-  AddressRange range() const {
-    return {Address(kPage2M.round_down(mapping_.range().start.value + kChunk.value - 1)),
-            ByteCount(kChunks * kChunk.value)};
-  }
-  std::byte* data() const { return mapping_.data() + (range().start - mapping_.range().start).value; }
+void ask_for_huge_pages(Case& test, const Area& area) {
+  if (test.here().advise(area.range(), Advice::huge_page) != 0) throw Lacking("needs transparent huge pages");
+}
 
- private:
-  Mapping mapping_;
-};
-
-// Fills `source` with contents and keeps it out of children: a page shared by fork(2) cannot be moved.
-void prepare_source(std::byte* source, std::size_t pages, ByteCount page_bytes) {
-  ASSERT_EQ(madvise(source, pages * page_bytes.value, MADV_DONTFORK), 0);
-  for (std::size_t page = 0; page < pages; ++page)
-    std::ranges::copy(contents(page, page_bytes), source + page * page_bytes.value);
+// Fills `source` with contents, chunk by chunk, and keeps it out of children: a page shared by fork(2) cannot
+// be moved.
+void prepare_source(Case& test, const Area& source, ByteCount chunk) {
+  ASSERT_EQ(test.here().advise(source.range(), Advice::dont_fork), 0);
+  for (std::size_t i = 0; i < source.range().length.value / chunk.value; ++i)
+    ASSERT_TRUE(test.here().write(source.start + ByteCount(i * chunk.value), contents(i, chunk)));
 }
 
 // Reads all of `to` while each of its faults is answered by moving the `step` that has it. Returns how many
 // faults there were.
-std::size_t read_by_moving(const Uffd& uffd, AddressRange to, AddressRange from, ByteCount step) {
-  const auto* data = reinterpret_cast<const std::byte*>(to.start.value);
-  std::vector<std::byte> expected;
-  for (std::size_t chunk = 0; chunk < to.length.value / step.value; ++chunk)
-    std::ranges::copy(contents(chunk, step), std::back_inserter(expected));
+std::size_t read_by_moving(Case& test, const Uffd& uffd, const Area& to, const Area& from, ByteCount step) {
   bool right = true;
-  Background reader(uffd, to, [&] {
-    for (std::size_t at = 0; at < expected.size(); at += kPage4K.bytes().value)
-      right &= std::memcmp(data + at, expected.data() + at, kPage4K.bytes().value) == 0;
+  const std::size_t steps = to.range().length.value / step.value;
+  const auto reader = test.machine().start(uffd, to.range(), [&](Thread& self) {
+    for (std::size_t i = 0; i < steps; ++i)
+      right &= has_contents(self, to.start + ByteCount(i * step.value), i, step);
   });
   std::size_t faults = 0;
-  serve(uffd, reader, [&](const Message& message) {
+  serve(uffd, *reader, [&](const Message& message) {
     const auto& fault = std::get<Fault>(message);
     EXPECT_EQ(fault.kind, Fault::Kind::missing);
     const std::uint64_t offset = (fault.address - to.start).value / step.value * step.value;
@@ -61,9 +40,9 @@ std::size_t read_by_moving(const Uffd& uffd, AddressRange to, AddressRange from,
     EXPECT_EQ(outcome.stop, Stop::complete) << to_string(outcome.stop);
     ++faults;
   });
-  reader.join();
+  reader->join();
   EXPECT_TRUE(right);
-  EXPECT_TRUE(is_zero(reinterpret_cast<const std::byte*>(from.start.value), from.length));
+  EXPECT_TRUE(is_zero(test.here(), from.start, from.range().length));
   return faults;
 }
 
@@ -73,32 +52,34 @@ KERNEL_CASE(move, kAnonymous) {
   const Uffd uffd = test.uffd(abi::kFeatureMove);
   const Area source = test.area();
   const Area area = test.area();
-  prepare_source(source.data(), source.pages(), source.page_bytes());
+  prepare_source(test, source, source.page_bytes);
   ASSERT_TRUE(uffd.register_range(area.range(), kMissing));
-  EXPECT_EQ(read_by_moving(uffd, area.range(), source.range(), area.page_bytes()), area.pages());
+  EXPECT_EQ(read_by_moving(test, uffd, area, source, area.page_bytes), area.pages);
 }
 
 KERNEL_CASE(move_pmd, kAnonymous) {
   const Uffd uffd = test.uffd(abi::kFeatureMove);
-  const Aligned source(MADV_HUGEPAGE);
-  const Aligned area(MADV_HUGEPAGE);
-  prepare_source(source.data(), kChunks, kChunk);
-  if (!is_mapped_huge(source.range().start)) throw Lacking("needs a free transparent huge page");
+  const Area source = test.machine().map(MemoryType::anon, kChunks * kChunkPages);
+  const Area area = test.machine().map(MemoryType::anon, kChunks * kChunkPages);
+  ask_for_huge_pages(test, source);
+  ask_for_huge_pages(test, area);
+  prepare_source(test, source, kChunk);
+  if (!test.is_mapped_huge(source.start)) throw Lacking("needs a free transparent huge page");
   ASSERT_TRUE(uffd.register_range(area.range(), kMissing));
-  EXPECT_EQ(read_by_moving(uffd, area.range(), source.range(), kChunk), kChunks);
-  EXPECT_TRUE(is_mapped_huge(area.range().start));
+  EXPECT_EQ(read_by_moving(test, uffd, area, source, kChunk), kChunks);
+  EXPECT_TRUE(test.is_mapped_huge(area.start));
 }
 
 KERNEL_CASE(move_pmd_split, kAnonymous) {
   const Uffd uffd = test.uffd(abi::kFeatureMove);
-  const Aligned source(MADV_HUGEPAGE);
-  const Aligned area(MADV_NOHUGEPAGE);
-  prepare_source(source.data(), kChunks * kChunk.value / kPage4K.bytes().value, kPage4K.bytes());
-  if (!is_mapped_huge(source.range().start)) throw Lacking("needs a free transparent huge page");
+  const Area source = test.machine().map(MemoryType::anon, kChunks * kChunkPages);
+  const Area area = test.machine().map(MemoryType::anon, kChunks * kChunkPages);
+  ask_for_huge_pages(test, source);
+  prepare_source(test, source, kPage4K.bytes());
+  if (!test.is_mapped_huge(source.start)) throw Lacking("needs a free transparent huge page");
   ASSERT_TRUE(uffd.register_range(area.range(), kMissing));
-  EXPECT_EQ(read_by_moving(uffd, area.range(), source.range(), kPage4K.bytes()),
-            kChunks * kChunk.value / kPage4K.bytes().value);
-  EXPECT_FALSE(is_mapped_huge(area.range().start));
+  EXPECT_EQ(read_by_moving(test, uffd, area, source, kPage4K.bytes()), area.pages);
+  EXPECT_FALSE(test.is_mapped_huge(area.start));
 }
 
 }  // namespace uffdkit::selftests
