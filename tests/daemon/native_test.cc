@@ -11,47 +11,12 @@
 #include <variant>
 
 #include "daemon/fixture.h"
+#include "support/native_connection.h"
 #include "wire/native.h"
 #include "wire/unix_socket.h"
 
 namespace uffdkit::test {
 namespace {
-
-template <class T>
-T take(Result<T> result) {
-  require(result.has_value(), result ? "" : result.error().text());
-  return std::move(*result);
-}
-void succeed(const Result<void>& result) {
-  require(result.has_value(), result ? "" : result.error().text());
-}
-
-// A connection that has said HELLO.
-class Connected {
- public:
-  explicit Connected(const std::string& socket) : socket_(connect_to(socket)) { ask(native::Hello{}); }
-
-  native::Answer ask(native::Request request) {
-    const native::OutgoingFrame frame = native::encode_request(++last_request_, std::move(request));
-    succeed(send_all(socket_.get(), frame.bytes, frame.fd_numbers(), std::chrono::seconds(30)));
-    std::array<std::byte, 4096> buffer;
-    while (true) {
-      pollfd entry{.fd = socket_.get(), .events = POLLIN, .revents = 0};
-      require(poll(&entry, 1, 30'000) == 1, "no answer");
-      auto frames = take(reader_.feed(take(receive_some(socket_.get(), buffer))));
-      if (!frames.empty()) return take(native::decode_answer(std::move(frames.front())));
-    }
-  }
-
- private:
-  UniqueFd socket_;
-  std::uint32_t last_request_ = 0;
-  native::FrameReader reader_{native::FrameReader::Reads::answers};
-};
-
-UniqueFd duplicate(int fd) {
-  return UniqueFd(fcntl(fd, F_DUPFD_CLOEXEC, 0));
-}
 
 class Native : public ManagerTest {
  protected:
@@ -131,7 +96,7 @@ TEST_F(Native, ARegionThatIsAddedWhereOneIsServedTakesItsPlace) {
     const ClientMemory memory(image_, whole(image_));
     const AddressRange start{Address(std::bit_cast<std::uintptr_t>(memory.bytes(0).data())),
                              ByteCount(64 * 4096)};
-    Connected connection(socket_);
+    NativeConnection connection(socket_);
     const native::Answer attached =
         connection.ask(native::Attach{.request = {.image = "guest", .regions = {{start, {}, kPage4K}}},
                                       .uffd = duplicate(memory.uffd().fd())});
@@ -158,7 +123,7 @@ TEST_F(Native, MoreRegionsThanASessionMayHaveAreRefusedAsALimit) {
           .offset = StoreOffset(number * 4096),
           .page_size = kPage4K};
     };
-    Connected connection(socket_);
+    NativeConnection connection(socket_);
     require(std::holds_alternative<native::Attached>(connection.ask(native::Attach{
                 .request = {.image = "guest", .regions = {page(0)}}, .uffd = duplicate(memory.uffd().fd())})),
             "not attached");
@@ -293,14 +258,14 @@ TEST_F(Native, ASessionIsServedOnceWhateverNumberAResumeGivesIt) {
                                    .page_size = kPage4K}}},
           .uffd = duplicate(memory.uffd().fd())};
     };
-    Connected first(socket_);
+    NativeConnection first(socket_);
     const auto attached = std::get<native::Attached>(first.ask(attach_request()));
-    const auto resume = [&](Connected& connection, std::uint64_t number) {
+    const auto resume = [&](NativeConnection& connection, std::uint64_t number) {
       return connection.ask(native::Resume{.session = static_cast<native::SessionId>(number),
                                            .uffd = duplicate(memory.uffd().fd()),
                                            .state_file = duplicate(attached.state_file.get())});
     };
-    Connected second(socket_);
+    NativeConnection second(socket_);
     const auto refused = std::get<native::Refused>(resume(second, 1000));
     require(refused.code == native::ErrorCode::busy, refused.message);
     require(manager.sessions() == 1, "it is served twice");
@@ -321,12 +286,12 @@ TEST_F(Native, ASessionIsResumedWhenItsImageHasBeenReplacedAndGoesOnWithTheOldOn
           .offset = StoreOffset(first * 4096),
           .page_size = kPage4K};
     };
-    std::optional<Connected> first(socket_);
+    std::optional<NativeConnection> first(socket_);
     const auto attached = std::get<native::Attached>(first->ask(native::Attach{
         .request = {.image = name, .regions = {region(0, 256)}}, .uffd = duplicate(memory.uffd().fd())}));
     std::filesystem::remove(images_ / name);
     first.reset();
-    Connected second(socket_);
+    NativeConnection second(socket_);
     native::Answer resumed = native::Ok{};
     const auto is_busy = [&] {
       const auto* refused = std::get_if<native::Refused>(&resumed);
@@ -382,7 +347,7 @@ TEST_F(Native, RequestsThatDoNotWaitForAnswersAreAnsweredInOrder) {
 
 TEST_F(Native, ASecondHelloIsRefusedAndTheConnectionGoesOn) {
   ManagerProcess manager(directory_, options());
-  Connected connection(socket_);
+  NativeConnection connection(socket_);
   const native::Answer second = connection.ask(native::Hello{});
   const auto* refused = std::get_if<native::Refused>(&second);
   ASSERT_NE(refused, nullptr);
