@@ -50,7 +50,10 @@ Result<native::Answer> Channel::ask_any(native::Request request, const Patience&
   const Result<void> sent =
       send_all(socket_.get(), frame.bytes, frame.fd_numbers(), patience.limit.value_or(kSendLimit));
   if (!sent) {
+    // A client that is not let in is told so before it says anything.
+    Result<native::Answer> told = receive_answer(request_id, {.limit = milliseconds(0)});
     close_both_ways();  // half a frame may be out
+    if (told) return told;
     return Failure(Error(sent.error()).within("send a request to the manager"));
   }
   Result<native::Answer> answer = receive_answer(request_id, patience);

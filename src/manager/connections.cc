@@ -32,6 +32,8 @@ native::ErrorCode code_of(int os_error) {
       return native::ErrorCode::no_such_session;
     case ESHUTDOWN:
       return native::ErrorCode::shutting_down;
+    case EPERM:
+      return native::ErrorCode::not_permitted;
     case EMFILE:
     case ENFILE:
     case ENOMEM:
@@ -42,7 +44,20 @@ native::ErrorCode code_of(int os_error) {
   }
 }
 
+// What a client is told of an image that it cannot have: why not is in the message.
+native::ErrorCode code_of_image(int os_error) {
+  return os_error == EPERM ? native::ErrorCode::not_permitted : native::ErrorCode::no_such_image;
+}
+
 }  // namespace
+
+void turn_away(int socket, control::ListenKind kind, const Error& error) {
+  if (kind != control::ListenKind::native) return;
+  const native::OutgoingFrame frame =
+      native::encode_answer(0, native::Refused{.code = code_of(error.os_error()), .message = error.text()});
+  // It fits into an empty socket, or the client will have to look into the log.
+  (void)send_some(socket, frame.bytes, {});
+}
 
 // ---- Firecracker ------------------------------------------------------------------------------------------
 
@@ -181,12 +196,12 @@ void NativeConnection::share_image(std::uint32_t id, const native::ShareImage& r
   if (session_) return refuse(id, native::ErrorCode::invalid, Error("this connection has a session already"));
   wait();
   service_.open_image(
-      request.image, this,
+      request.image, peer_, this,
       [this, id, zero = request.removed_reads_zero](const Result<std::shared_ptr<StoreLane>>& image) {
         if (image) {
           share_opened(id, *image, zero);
         } else {
-          refuse(id, native::ErrorCode::no_such_image, image.error());
+          refuse(id, code_of_image(image.error().os_error()), image.error());
         }
         go_on();
       });
@@ -205,14 +220,15 @@ void NativeConnection::share_opened(std::uint32_t id, const std::shared_ptr<Stor
 
 void NativeConnection::image_info(std::uint32_t id, const native::ImageInfo& request) {
   wait();
-  service_.open_image(request.image, this, [this, id](const Result<std::shared_ptr<StoreLane>>& image) {
-    if (image) {
-      answer(id, native::ImageSize{.size = (*image)->store()->size()});
-    } else {
-      refuse(id, native::ErrorCode::no_such_image, image.error());
-    }
-    go_on();
-  });
+  service_.open_image(request.image, peer_, this,
+                      [this, id](const Result<std::shared_ptr<StoreLane>>& image) {
+                        if (image) {
+                          answer(id, native::ImageSize{.size = (*image)->store()->size()});
+                        } else {
+                          refuse(id, code_of_image(image.error().os_error()), image.error());
+                        }
+                        go_on();
+                      });
 }
 
 void NativeConnection::attach(std::uint32_t id, native::Attach request) {
@@ -221,11 +237,11 @@ void NativeConnection::attach(std::uint32_t id, native::Attach request) {
   const std::string name = request.request.image;
   // Shared, because a std::function must be copyable.
   auto kept = std::make_shared<native::Attach>(std::move(request));
-  service_.open_image(name, this, [this, id, kept](Result<std::shared_ptr<StoreLane>> image) {
+  service_.open_image(name, peer_, this, [this, id, kept](Result<std::shared_ptr<StoreLane>> image) {
     if (image) {
       attach_to(id, std::move(*kept), std::move(*image));
     } else {
-      refuse(id, native::ErrorCode::no_such_image, image.error());
+      refuse(id, code_of_image(image.error().os_error()), image.error());
     }
     go_on();
   });

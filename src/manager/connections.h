@@ -20,6 +20,9 @@
 
 namespace uffdkit {
 
+// Has a client that is not let in hear why, where its protocol has a way to say so.
+void turn_away(int socket, control::ListenKind kind, const Error& error);
+
 // Takes one handshake; the connection ends with it.
 class FirecrackerConnection final : public Connection {
  public:

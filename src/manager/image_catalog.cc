@@ -8,9 +8,25 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <string_view>
 #include <utility>
 
 namespace uffdkit {
+
+namespace {
+
+// Whether there is no other way to write this path, so that rules about names are rules about files.
+bool is_plain(std::string_view path) {
+  while (true) {
+    const std::size_t slash = path.find('/');
+    const std::string_view part = path.substr(0, slash);
+    if (part.empty() || part == "." || part == "..") return false;
+    if (slash == std::string_view::npos) return true;
+    path.remove_prefix(slash + 1);
+  }
+}
+
+}  // namespace
 
 Result<void> ImageCatalog::add(const std::string& name, const std::string& path) {
   if (name.empty()) return Failure(Error("an image needs a name", EINVAL));
@@ -31,6 +47,10 @@ Result<void> ImageCatalog::add_directory(const std::string& directory) {
 
 Result<std::shared_ptr<StoreLane>> ImageCatalog::open(const std::string& name) {
   if (const auto found = paths_.find(name); found != paths_.end()) return open_path(found->second);
+  if (!is_plain(name))
+    return Failure(
+        Error(fmt::format("the name of the image {} has an empty part, or \".\" or \"..\"", name), EINVAL)
+            .with_remedy("give its path below the directory, without these"));
   for (const Directory& directory : directories_) {
     open_how how{};
     how.flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;

@@ -27,8 +27,8 @@ class ImageCatalog {
 
   // `name` stands for the file at `path`. Errors: the name is empty or taken; the file cannot be opened now.
   Result<void> add(const std::string& name, const std::string& path);
-  // Every regular file below `directory` can be had by its path there; symbolic links and ".." are not
-  // followed. Errors: no such directory.
+  // Every regular file below `directory` can be had by its path there, written in the one way that has no
+  // "." or ".." and no "//"; symbolic links are not followed. Errors: no such directory.
   Result<void> add_directory(const std::string& directory);
 
   // The image of this name, as native clients know it: one that was added, or a file below a directory.

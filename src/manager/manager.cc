@@ -20,6 +20,7 @@
 #include <utility>
 
 #include "base/clock.h"
+#include "manager/access.h"
 #include "manager/blocking_work.h"
 #include "manager/connections.h"
 #include "manager/event_loop.h"
@@ -129,6 +130,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   Result<void> listen(control::ListenKind kind, const std::string& path, const std::string& image);
   Result<void> listen_control(const std::string& path);
   ImageCatalog& images() { return *images_; }
+  AccessRules& rules() { return rules_; }
   std::string listening() const;
   Result<void> stop_at_signals();
   void on_ending(std::function<void()> tell) { on_ending_ = std::move(tell); }
@@ -140,7 +142,8 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
                                  Connection* connection) override;
   void resume(UniqueFd uffd, UniqueFd state_file, const Peer& peer, Connection* connection,
               Attached attached) override;
-  void open_image(const std::string& name, Connection* connection, ImageOpened opened) override;
+  void open_image(const std::string& name, const Peer& peer, Connection* connection,
+                  ImageOpened opened) override;
   Result<std::shared_ptr<SharedImage>> share_memory(const std::shared_ptr<StoreLane>& image) override {
     return images_->share_memory(image);
   }
@@ -167,6 +170,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
     control::ListenKind kind;
     std::string image;                 // the path that was given, for Firecracker's
     std::shared_ptr<StoreLane> store;  // likewise
+    std::vector<Subject> allowed;      // to connect to this one, beside those who may have its image
   };
   // What is opened before a listener can be added; it may block.
   struct Opened {
@@ -205,8 +209,10 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   // Whether a listener can be added at this path.
   Result<void> check_free(const std::string& path) const;
   Result<void> add_listener(control::ListenKind kind, const std::string& path, const std::string& image,
-                            Opened opened);
+                            std::vector<Subject> allowed, Opened opened);
   void accept(Listener& listener);
+  // Whether this client may connect there.
+  Result<void> let_in(const Listener& listener, const Peer& peer) const;
   // Whether another client can be taken to its end. A client that must be refused half-way for want of a
   // descriptor may hang for ever; one that waits in the listener's queue comes later.
   bool has_room() const;
@@ -223,7 +229,9 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   void pause(int fd);
   Result<AttachedSession> serve(Attachment attachment, const SessionInfo& info);
   // RESUME of a session that this manager serves; nothing if it does not.
-  std::optional<Result<AttachedSession>> resume_own(int state_file, Connection* connection);
+  std::optional<Result<AttachedSession>> resume_own(int state_file, const Peer& peer, Connection* connection);
+  // Whether this client may have the image of this name.
+  Result<void> check_image(const Peer& peer, const std::string& image) const;
   // And of another's, once its image is open.
   Result<AttachedSession> take_up(UniqueFd uffd, UniqueFd process, SessionState state, uid_t uid, pid_t pid,
                                   std::shared_ptr<StoreLane> image, Connection* connection);
@@ -249,6 +257,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
       std::make_shared<ImageCatalog>(options_.read_retries, options_.store_faults);
   std::map<std::string, Listener> listeners_;
   std::optional<ListeningSocket> control_;
+  AccessRules rules_{::geteuid()};
   std::unordered_map<Connection*, OpenConnection> connections_;
   std::array<std::size_t, 3> in_stage_{};
   std::uint64_t last_serial_ = 0;
@@ -356,13 +365,15 @@ Result<void> Manager::Impl::check_free(const std::string& path) const {
 }
 
 Result<void> Manager::Impl::add_listener(control::ListenKind kind, const std::string& path,
-                                         const std::string& image, Opened opened) {
+                                         const std::string& image, std::vector<Subject> allowed,
+                                         Opened opened) {
   const int fd = opened.socket.fd();
   Listener& listener = listeners_
                            .emplace(path, Listener{.socket = std::move(opened.socket),
                                                    .kind = kind,
                                                    .image = image,
-                                                   .store = std::move(opened.store)})
+                                                   .store = std::move(opened.store),
+                                                   .allowed = std::move(allowed)})
                            .first->second;
   auto watched = loop_->add(fd, EPOLLIN, [this, &listener] { accept(listener); });
   if (!watched) listeners_.erase(path);
@@ -374,26 +385,40 @@ Result<void> Manager::Impl::listen(control::ListenKind kind, const std::string& 
   if (auto free = check_free(path); !free) return free;
   Result<Opened> opened = open(*images_, kind, path, image);
   if (!opened) return Failure(std::move(opened).error());
-  return add_listener(kind, path, image, std::move(*opened));
+  return add_listener(kind, path, image, {}, std::move(*opened));
 }
 
 void Manager::Impl::add_listener(const control::ListenAdd& request, Connection* connection,
                                  Engine::Done done) {
   const Engine::Done answer = on_loop(connection, std::move(done));
   if (auto free = check_free(request.socket); !free) return answer(std::move(free));
-  work_->run("listen " + request.socket, [this, images = images_, request, answer] {
+  Result<std::vector<Subject>> allowed = std::vector<Subject>();
+  // Names are for whoever asks to look up: that may need files and libraries which are not ours any more.
+  if (!request.allow.empty()) allowed = parse_subjects(request.allow, Names::refuse);
+  if (!allowed) return answer(Failure(std::move(allowed).error()));
+  work_->run("listen " + request.socket, [this, images = images_, request, answer, allowed = *allowed] {
     auto opened =
         std::make_shared<Result<Opened>>(open(*images, request.kind, request.socket, request.image));
-    return [this, request, answer, opened] {
+    return [this, request, answer, allowed, opened] {
       if (!*opened) return answer(Failure(opened->error()));
       if (auto free = check_free(request.socket); !free) return answer(std::move(free));
-      answer(add_listener(request.kind, request.socket, request.image, std::move(**opened)));
+      answer(add_listener(request.kind, request.socket, request.image, allowed, std::move(**opened)));
     };
   });
 }
 
-void Manager::Impl::open_image(const std::string& name, Connection* connection, ImageOpened opened) {
+Result<void> Manager::Impl::check_image(const Peer& peer, const std::string& image) const {
+  if (rules_.may_have(peer, image)) return {};
+  return Failure(Error(fmt::format("user {} may not have the image {}", peer.uid, image), EPERM)
+                     .with_remedy("have the manager run with a rule for it: --allow WHO=IMAGES"));
+}
+
+void Manager::Impl::open_image(const std::string& name, const Peer& peer, Connection* connection,
+                               ImageOpened opened) {
   OpenConnection& entry = connections_.at(connection);
+  if (auto allowed = check_image(peer, name); !allowed)
+    return on_loop(connection,
+                   [opened, error = allowed.error()](const Result<void>&) { opened(Failure(error)); })({});
   // What waits for the image belongs to the connection, and goes with it: a userfaultfd, for one.
   entry.opened = std::move(opened);
   entry.opening =
@@ -440,6 +465,16 @@ void Manager::Impl::pause(int fd) {
   });
 }
 
+Result<void> Manager::Impl::let_in(const Listener& listener, const Peer& peer) const {
+  if (listener.kind == control::ListenKind::native) {
+    if (rules_.may_have_some(peer)) return {};
+    return Failure(Error(fmt::format("user {} may have no image of this manager", peer.uid), EPERM)
+                       .with_remedy("have it run with a rule for the user: --allow WHO=IMAGES"));
+  }
+  if (has_peer(listener.allowed, peer)) return {};
+  return check_image(peer, listener.image);
+}
+
 bool Manager::Impl::has_room() const {
   if (in_stage(Stage::undecided) >= kUndecidedMax) return false;
   rlimit limit;
@@ -465,6 +500,12 @@ void Manager::Impl::accept(Listener& listener) {
       continue;
     }
     const int fd = accepted.socket.get();
+    if (auto allowed = let_in(listener, *peer); !allowed) {
+      refused(fmt::format("{}: client pid {} uid {}", listener.socket.path(), peer->pid, peer->uid),
+              allowed.error());
+      turn_away(fd, listener.kind, allowed.error());
+      continue;
+    }
     std::unique_ptr<Connection> connection;
     if (listener.kind == control::ListenKind::firecracker) {
       connection = std::make_unique<FirecrackerConnection>(std::move(accepted.socket), std::move(*peer),
@@ -490,6 +531,16 @@ void Manager::Impl::accept_control() {
       break;
     }
     const int fd = accepted.socket.get();
+    const Result<Peer> peer = peer_of(fd);
+    if (!peer) continue;
+    if (!rules_.may_control(*peer)) {
+      const Error error = Error(fmt::format("user {} may not control this manager", peer->uid), EPERM)
+                              .with_remedy("have it run with --allow-control WHO");
+      refused(fmt::format("{}: client pid {} uid {}", control_->path(), peer->pid, peer->uid), error);
+      const std::string answer = control::encode_error(error);
+      (void)send_some(fd, std::as_bytes(std::span(answer)), {});
+      continue;
+    }
     open_connection(std::make_unique<ControlConnection>(std::move(accepted.socket), *this), fd,
                     Stage::control);
   }
@@ -655,7 +706,7 @@ void Manager::Impl::resume(UniqueFd uffd_fd, UniqueFd state_fd, const Peer& peer
     on_loop(connection, [kept, attached](const Result<void>&) { attached(std::move(*kept)); })({});
   };
   if (ending_) return answer(Failure(Error("the manager is ending", ESHUTDOWN).with_remedy("connect again")));
-  if (auto own = resume_own(state_fd.get(), connection)) return answer(*std::move(own));
+  if (auto own = resume_own(state_fd.get(), peer, connection)) return answer(*std::move(own));
   if (!peer.pidfd) return answer(Failure(Error("the client's process cannot be watched", ESRCH)));
   UniqueFd process(::fcntl(peer.pidfd.get(), F_DUPFD_CLOEXEC, 0));
   if (!process) return answer(Failure(Error::from_errno("duplicate the client's pidfd", errno)));
@@ -666,27 +717,24 @@ void Manager::Impl::resume(UniqueFd uffd_fd, UniqueFd state_fd, const Peer& peer
     UniqueFd uffd;
     UniqueFd process;
     SessionState state;
-    uid_t uid;
-    pid_t pid;
+    const Peer& peer;  // of the connection, which is there as long as somebody waits for this
   };
   const std::string name = state->image();
-  const auto kept = std::make_shared<Request>(Request{.uffd = std::move(uffd_fd),
-                                                      .process = std::move(process),
-                                                      .state = std::move(*state),
-                                                      .uid = peer.uid,
-                                                      .pid = peer.pid});
-  open_image(name, connection, [=, this](Result<std::shared_ptr<StoreLane>> image) {
+  const auto kept = std::make_shared<Request>(Request{
+      .uffd = std::move(uffd_fd), .process = std::move(process), .state = std::move(*state), .peer = peer});
+  open_image(name, peer, connection, [=, this](Result<std::shared_ptr<StoreLane>> image) {
     if (!image) return attached(Failure(std::move(image).error()));
     if (ending_)
       return attached(Failure(Error("the manager is ending", ESHUTDOWN).with_remedy("connect again")));
     // Somebody else may have taken it up meanwhile.
-    if (auto own = resume_own(kept->state.fd(), connection)) return attached(*std::move(own));
-    attached(take_up(std::move(kept->uffd), std::move(kept->process), std::move(kept->state), kept->uid,
-                     kept->pid, std::move(*image), connection));
+    if (auto own = resume_own(kept->state.fd(), kept->peer, connection)) return attached(*std::move(own));
+    attached(take_up(std::move(kept->uffd), std::move(kept->process), std::move(kept->state), kept->peer.uid,
+                     kept->peer.pid, std::move(*image), connection));
   });
 }
 
-std::optional<Result<AttachedSession>> Manager::Impl::resume_own(int state_file, Connection* connection) {
+std::optional<Result<AttachedSession>> Manager::Impl::resume_own(int state_file, const Peer& peer,
+                                                                 Connection* connection) {
   // By the file, and not by its number: it may be another manager's number for it, of before a RESUME whose
   // answer did not arrive. Two that serve the same memory would spoil it.
   const auto found = std::ranges::find_if(sessions_, [&](const auto& entry) {
@@ -696,6 +744,7 @@ std::optional<Result<AttachedSession>> Manager::Impl::resume_own(int state_file,
   if (found == sessions_.end()) return std::nullopt;
   SessionInfo& info = found->second;
   const SessionId id = found->first;
+  if (auto allowed = check_image(peer, info.image); !allowed) return Failure(std::move(allowed).error());
   if (info.leaving) return Failure(Error(fmt::format("session {} is being closed", id), EBUSY));
   if (info.connection != nullptr)
     return Failure(Error(fmt::format("session {} is served on another connection", id), EBUSY)
@@ -833,6 +882,7 @@ nlohmann::json Manager::Impl::listeners() {
   for (const auto& [path, listener] : listeners_) {
     nlohmann::json entry = {{"socket", path}, {"kind", control::to_string(listener.kind)}};
     if (!listener.image.empty()) entry["image"] = listener.image;
+    if (!listener.allowed.empty()) entry["allow"] = to_string(listener.allowed);
     list.push_back(std::move(entry));
   }
   return list;
@@ -910,6 +960,12 @@ Result<void> Manager::add_image(const std::string& name, const std::string& path
 }
 Result<void> Manager::add_image_directory(const std::string& directory) {
   return impl_->images().add_directory(directory);
+}
+Result<void> Manager::allow(const std::string& rule) {
+  return impl_->rules().allow(rule);
+}
+Result<void> Manager::allow_control(const std::string& who) {
+  return impl_->rules().allow_control(who);
 }
 Result<void> Manager::listen_firecracker(const std::string& socket, const std::string& image) {
   return impl_->listen(control::ListenKind::firecracker, socket, image);

@@ -47,6 +47,11 @@ class Manager {
   Result<void> add_image(const std::string& name, const std::string& path);
   Result<void> add_image_directory(const std::string& directory);
 
+  // Who may have which images, in addition to root and the user that this process runs as; see
+  // AccessRules::allow and allow_control. The image of a Firecracker socket is known by its path.
+  Result<void> allow(const std::string& rule);
+  Result<void> allow_control(const std::string& who);
+
   // Clients that connect to `socket` and hand over as Firecracker does are served from the file at `image`.
   Result<void> listen_firecracker(const std::string& socket, const std::string& image);
   // Clients that speak the native protocol (docs/protocol.md).

@@ -68,10 +68,12 @@ class ConnectionService {
   virtual Result<AttachedSession> attach(NewSession session, std::shared_ptr<StoreLane> image,
                                          Connection* connection) = 0;
   // Goes on with a session of this manager or of another, which is known by its state file. EBUSY: a living
-  // connection has it.
+  // connection has it. EPERM: `peer` may not have its image.
   virtual void resume(UniqueFd uffd, UniqueFd state_file, const Peer& peer, Connection* connection,
                       Attached attached) = 0;
-  virtual void open_image(const std::string& name, Connection* connection, ImageOpened opened) = 0;
+  // EPERM: `peer` may not have it, whether or not there is one.
+  virtual void open_image(const std::string& name, const Peer& peer, Connection* connection,
+                          ImageOpened opened) = 0;
   virtual Result<std::shared_ptr<SharedImage>> share_memory(const std::shared_ptr<StoreLane>& image) = 0;
   virtual Engine& engine() = 0;
   // Has `done` called on the manager's thread with what it is given on any other, unless `connection` is

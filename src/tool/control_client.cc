@@ -24,8 +24,9 @@ Result<nlohmann::json> ask_manager(const std::string& socket, const control::Req
                        .with_remedy("start the manager with --control " + socket +
                                     ", or name its control socket with --control"));
   const std::string line = control::encode_request(request);
-  if (auto sent = send_all(connection->get(), std::as_bytes(std::span(line)), {}, kAnswerLimit); !sent)
-    return Failure(std::move(sent).error());
+  // A client that is turned away is told so before it says anything; it may not be able to say it any more.
+  const Result<void> sent = send_all(connection->get(), std::as_bytes(std::span(line)), {}, kAnswerLimit);
+  if (!sent && sent.error().os_error() != EPIPE) return Failure(sent.error());
 
   control::LineReader reader(control::kAnswerBytesMax);
   std::array<std::byte, 65'536> buffer;
@@ -34,7 +35,7 @@ Result<nlohmann::json> ask_manager(const std::string& socket, const control::Req
     if (::poll(&entry, 1, static_cast<int>(kAnswerLimit.count())) == 0)
       return Failure(Error(fmt::format("the manager at {} does not answer", socket), ETIMEDOUT));
     Result<Piece> piece = receive_some(connection->get(), buffer);
-    if (!piece) return Failure(std::move(piece).error());
+    if (!piece) return Failure(sent ? piece.error() : sent.error());
     const bool end = piece->end;
     const Result<std::vector<std::string>> lines = reader.feed(std::move(*piece));
     if (!lines) return Failure(lines.error());

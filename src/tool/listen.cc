@@ -5,7 +5,10 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <utility>
+#include <vector>
 
+#include "manager/access.h"
 #include "tool/command.h"
 #include "tool/control_client.h"
 
@@ -16,6 +19,7 @@ struct Options {
   std::string control = default_control_socket();
   std::string socket;
   std::string image;
+  std::string allow;
   bool json = false;
 };
 
@@ -37,6 +41,20 @@ int list(const Options& options) {
   return kExitDone;
 }
 
+int add_socket(const Options& options) {
+  const auto kind = options.image.empty() ? control::ListenKind::native : control::ListenKind::firecracker;
+  std::vector<Subject> allowed;
+  if (!options.allow.empty()) {
+    Result<std::vector<Subject>> subjects = parse_subjects(options.allow, Names::look_up);
+    if (!subjects) return report(subjects.error());
+    allowed = std::move(*subjects);
+  }
+  const control::ListenAdd request{
+      .kind = kind, .socket = options.socket, .image = options.image, .allow = to_string(allowed)};
+  const Result<nlohmann::json> answer = ask_manager(options.control, request);
+  return answer ? kExitDone : report(answer.error());
+}
+
 int change(const Options& options, const control::Request& request) {
   const Result<nlohmann::json> answer = ask_manager(options.control, request);
   return answer ? kExitDone : report(answer.error());
@@ -56,11 +74,11 @@ void add_listen(CLI::App& app, int& exit_code) {
       "--firecracker", options->image,
       "IMAGE: for clients that hand over as Firecracker does, served from this file; without it the socket "
       "is for uffdkit's own protocol");
-  add->callback([options, &exit_code] {
-    const auto kind = options->image.empty() ? control::ListenKind::native : control::ListenKind::firecracker;
-    exit_code = change(*options,
-                       control::ListenAdd{.kind = kind, .socket = options->socket, .image = options->image});
-  });
+  add->add_option("--allow", options->allow,
+                  "WHO: who may connect there beside those who may have the image anyway: user:NAME, "
+                  "group:NAME, anyone, or several with commas")
+      ->needs("--firecracker");
+  add->callback([options, &exit_code] { exit_code = add_socket(*options); });
 
   CLI::App* remove = command->add_subcommand("remove", "Listen at a socket no longer; its sessions go on");
   add_control_option(*remove, *options);

@@ -27,6 +27,8 @@ struct Options {
   std::vector<std::string> images;  // NAME=FILE
   std::vector<std::string> image_directories;
   std::string control;
+  std::vector<std::string> allow;          // WHO=IMAGES
+  std::vector<std::string> allow_control;  // WHO
   unsigned workers = 0;
   std::uint64_t fault_around = 16;
   std::uint64_t shared_fault_around = 64;
@@ -55,6 +57,10 @@ CLI::Validator is_pair(const std::string& form) {
 }
 
 Result<void> open_everything(Manager& manager, const Options& options) {
+  for (const std::string& rule : options.allow)
+    if (auto allowed = manager.allow(rule); !allowed) return allowed;
+  for (const std::string& who : options.allow_control)
+    if (auto allowed = manager.allow_control(who); !allowed) return allowed;
   for (const std::string& text : options.images) {
     const auto [name, path] = split(text);
     if (auto added = manager.add_image(name, path); !added) return added;
@@ -138,6 +144,14 @@ void add_serve(CLI::App& app, int& exit_code) {
   command->add_option("--images", options->image_directories,
                       "DIRECTORY: likewise every file below it, by its path there; repeatable");
   command->add_option("--control", options->control, "SOCKET for 'uffdkit status' and 'uffdkit listen'");
+  command
+      ->add_option("--allow", options->allow,
+                   "WHO=IMAGES: who else may have the images whose name, or path of a Firecracker socket, "
+                   "matches IMAGES ('*' is anything); WHO: user:NAME, group:NAME, anyone, or several with "
+                   "commas; repeatable")
+      ->check(is_pair("WHO=IMAGES"));
+  command->add_option("--allow-control", options->allow_control,
+                      "WHO: who else may use the control socket; repeatable");
   add_fault_around_option(*command, "--fault-around", options->fault_around, kFaultAroundHelp);
   add_fault_around_option(*command, "--shared-fault-around", options->shared_fault_around,
                           "The same where clients share the image");

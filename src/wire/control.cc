@@ -66,7 +66,7 @@ Result<void> allow_only(const Json& object, std::string_view command,
 }
 
 Result<Request> decode_listen_add(const Json& object) {
-  if (auto allowed = allow_only(object, kListenAdd, {"kind", "socket", "image"}); !allowed)
+  if (auto allowed = allow_only(object, kListenAdd, {"kind", "socket", "image", "allow"}); !allowed)
     return Failure(allowed.error());
   const Result<std::string> kind = text_at(object, kListenAdd, "kind");
   if (!kind) return Failure(kind.error());
@@ -75,13 +75,21 @@ Result<Request> decode_listen_add(const Json& object) {
   if (*kind == to_string(ListenKind::native)) {
     if (object.contains("image"))
       return refuse("listen-add: native clients name their image themselves: leave \"image\" out");
-    return ListenAdd{.kind = ListenKind::native, .socket = std::move(*socket), .image = {}};
+    if (object.contains("allow"))
+      return refuse("listen-add: \"allow\" is of the socket's image, and there is none: leave it out");
+    return ListenAdd{.kind = ListenKind::native, .socket = std::move(*socket), .image = {}, .allow = {}};
   }
   if (*kind != to_string(ListenKind::firecracker))
     return refuse(fmt::format("listen-add: unknown kind {}; there are firecracker and native", shown(*kind)));
   Result<std::string> image = text_at(object, kListenAdd, "image");
   if (!image) return Failure(image.error());
-  return ListenAdd{.kind = ListenKind::firecracker, .socket = std::move(*socket), .image = std::move(*image)};
+  Result<std::string> allow = std::string();
+  if (object.contains("allow")) allow = text_at(object, kListenAdd, "allow");
+  if (!allow) return Failure(allow.error());
+  return ListenAdd{.kind = ListenKind::firecracker,
+                   .socket = std::move(*socket),
+                   .image = std::move(*image),
+                   .allow = std::move(*allow)};
 }
 
 Result<Request> decode_listen_remove(const Json& object) {
@@ -123,6 +131,7 @@ std::string encode_request(const Request& request) {
                                                      {"kind", to_string(add.kind)},
                                                      {"socket", add.socket}};
                                          if (add.kind == ListenKind::firecracker) object["image"] = add.image;
+                                         if (!add.allow.empty()) object["allow"] = add.allow;
                                          return object;
                                        },
                                        [](const ListenRemove& remove) {

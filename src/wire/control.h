@@ -31,7 +31,8 @@ struct Status {};
 struct ListenAdd {
   ListenKind kind;
   std::string socket;
-  std::string image;  // for firecracker; empty for native, where clients name it
+  std::string image;    // for firecracker; empty for native, where clients name it
+  std::string allow{};  // for firecracker: who may connect beside those who may have the image; may be empty
 };
 struct ListenRemove {
   std::string socket;

@@ -119,6 +119,20 @@ void collect_fds(const msghdr& message, std::vector<UniqueFd>& fds) {
   }
 }
 
+Result<std::vector<gid_t>> groups_of_peer(int socket) {
+  std::vector<gid_t> groups(16);
+  while (true) {
+    socklen_t bytes = static_cast<socklen_t>(groups.size() * sizeof(gid_t));
+    const int failed = ::getsockopt(socket, SOL_SOCKET, SO_PEERGROUPS, groups.data(), &bytes);
+    // It says how many bytes it needs.
+    const bool too_short = failed != 0 && errno == ERANGE && bytes > groups.size() * sizeof(gid_t);
+    if (failed != 0 && !too_short)
+      return Failure(Error::from_errno("ask for the groups at the other end of a socket", errno));
+    groups.resize(bytes / sizeof(gid_t));
+    if (!too_short) return groups;
+  }
+}
+
 int poll_ms(Clock::time_point until) {
   const auto left = std::chrono::ceil<std::chrono::milliseconds>(until - Clock::now()).count();
   return static_cast<int>(std::clamp<long>(left, 0, 60'000));
@@ -281,7 +295,13 @@ Result<Peer> peer_of(int socket) {
   socklen_t size = sizeof credentials;
   if (::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &credentials, &size) != 0)
     return Failure(Error::from_errno("ask who is at the other end of a socket", errno));
-  Peer peer{.pid = credentials.pid, .uid = credentials.uid, .gid = credentials.gid, .pidfd = UniqueFd()};
+  Result<std::vector<gid_t>> groups = groups_of_peer(socket);
+  if (!groups) return Failure(std::move(groups).error());
+  Peer peer{.pid = credentials.pid,
+            .uid = credentials.uid,
+            .gid = credentials.gid,
+            .groups = std::move(*groups),
+            .pidfd = UniqueFd()};
 
   int pidfd = -1;
   size = sizeof pidfd;

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "wire/piece.h"
 
@@ -82,11 +83,12 @@ struct Peer {
   pid_t pid;  // in our pid namespace; 0 if it is not visible there
   uid_t uid;
   gid_t gid;
+  std::vector<gid_t> groups;  // the supplementary ones
   UniqueFd pidfd;  // readable once the process has ended; empty if `pid` is 0 on kernels before 6.5
 };
 
-// The peer of a connected socket, by SO_PEERCRED, and SO_PEERPIDFD (6.5) or else pidfd_open(2) (5.3), which
-// could name a newer process of the same pid if the peer is gone already.
+// The peer of a connected socket, by SO_PEERCRED, SO_PEERGROUPS (4.13), and SO_PEERPIDFD (6.5) or else
+// pidfd_open(2) (5.3), which could name a newer process of the same pid if the peer is gone already.
 // Errors: ESRCH: the process that connected is gone.
 Result<Peer> peer_of(int socket);
 

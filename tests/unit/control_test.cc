@@ -30,6 +30,10 @@ TEST(Control, EveryRequestComesBackFromItsEncoding) {
   EXPECT_EQ(std::get<ListenAdd>(*add).kind, ListenKind::firecracker);
   EXPECT_EQ(std::get<ListenAdd>(*add).socket, "/s");
   EXPECT_EQ(std::get<ListenAdd>(*add).image, "/images/a.mem");
+  EXPECT_EQ(std::get<ListenAdd>(*add).allow, "");
+  const auto shared = decode_request(without_end(encode_request(
+      ListenAdd{.kind = ListenKind::firecracker, .socket = "/s", .image = "/i", .allow = "user:1,group:2"})));
+  EXPECT_EQ(std::get<ListenAdd>(*shared).allow, "user:1,group:2");
   const auto native = decode_request(
       without_end(encode_request(ListenAdd{.kind = ListenKind::native, .socket = "/s", .image = {}})));
   EXPECT_EQ(std::get<ListenAdd>(*native).kind, ListenKind::native);
@@ -57,6 +61,9 @@ INSTANTIATE_TEST_SUITE_P(
         BadRequest{"Array", "[]", {"not a JSON object"}},
         BadRequest{"NoCommand", "{}", {"\"command\" is missing"}},
         BadRequest{"CommandIsANumber", R"({"command":1})", {"\"command\" is not a string"}},
+        BadRequest{"AllowWithoutAnImage",
+                   R"({"command":"listen-add","kind":"native","socket":"/s","allow":"anyone"})",
+                   {"allow"}},
         BadRequest{"UnknownCommand",
                    R"({"command":"halt"})",
                    {"\"halt\"", "status", "listen-add", "listen-remove", "listen-list"}},
