@@ -65,6 +65,9 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   // The event that arm() asked for has come.
   void disarmed() { armed_.store(false, std::memory_order_relaxed); }
 
+  // Has status() show what the session's regions are now. In a command only.
+  void update_shape();
+
   SessionStatus status() const;
   int uffd() const { return session_.uffd().fd(); }
   int state_file() const { return session_.state().fd(); }
@@ -81,7 +84,6 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   // Takes what is in the mailbox, and steps; true if there is more to do at once.
   bool turn();
   void close_mailbox();
-  void update_shape();
 
   // SessionHost
   std::int64_t now_ns() override;

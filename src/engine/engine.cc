@@ -487,9 +487,11 @@ void Engine::Shared::command(SessionId session, std::function<Result<T>(Session&
                              std::function<void(Result<T>)> done) {
   const std::shared_ptr<Actor> actor = find(session);
   const std::int64_t give_up_ns = monotonic_ns() + kCommandRetriesNs;
-  const bool posted = actor && actor->post([=](Session& served) {
+  const bool posted = actor && actor->post([=, runner = actor.get()](Session& served) {
     Result<T> result = served.end() ? Failure(no_such_session(session)) : run(served);
     if (!result && result.error().os_error() == EAGAIN && monotonic_ns() < give_up_ns) return false;
+    // Whoever is told looks at the status next.
+    runner->update_shape();
     done(std::move(result));
     return true;
   });

@@ -95,7 +95,7 @@ std::string FirecrackerConnection::who() const {
 }
 
 void FirecrackerConnection::refuse(const Error& error) {
-  service_.refused(who(), error);
+  service_.refused(peer_.uid, who(), error);
   service_.close(*this, socket_.get());
 }
 
@@ -155,6 +155,8 @@ void NativeConnection::handle_received() {
 }
 
 void NativeConnection::handle(std::uint32_t id, native::Request request) {
+  if (auto granted = service_.take_request(peer_); !granted)
+    return refuse(id, native::ErrorCode::limit, granted.error());
   if (auto* hello = std::get_if<native::Hello>(&request)) {
     if (greeted_)
       return refuse(id, native::ErrorCode::invalid, Error("HELLO was said on this connection already"));
@@ -311,11 +313,13 @@ Engine::Done NativeConnection::answer_when_done(std::uint32_t id, std::size_t pa
 void NativeConnection::add_regions(std::uint32_t id, const native::AddRegions& request) {
   if (auto valid = validate(request.regions, image_size_); !valid)
     return refuse(id, native::ErrorCode::invalid, valid.error());
+  if (auto granted = service_.may_add(peer_, request.regions); !granted)
+    return refuse(id, native::ErrorCode::limit, granted.error());
   const Engine::Done done = answer_when_done(id, request.regions.size());
   for (const RequestedRegion& region : request.regions)
     service_.engine().add_region(
         *session_, {.memory = region.memory, .offset = region.offset, .page_size = region.page_size}, image_,
-        done);
+        service_.count_until_added(peer_, region, done));
 }
 
 void NativeConnection::drop_regions(std::uint32_t id, const native::DropRegions& request) {
@@ -363,7 +367,7 @@ void NativeConnection::answer(std::uint32_t id, native::Answer answer) {
 }
 
 void NativeConnection::refuse(std::uint32_t id, native::ErrorCode code, const Error& error) {
-  service_.refused(who(), error);
+  service_.refused(peer_.uid, who(), error);
   answer(id, native::Refused{.code = code, .message = error.text()});
 }
 

@@ -26,6 +26,7 @@
 #include "manager/event_loop.h"
 #include "manager/image_catalog.h"
 #include "manager/log.h"
+#include "manager/quotas.h"
 #include "manager/service.h"
 
 namespace uffdkit {
@@ -35,6 +36,10 @@ namespace {
 // until some have, or are closed. Clients that have a session are not bounded but by descriptors.
 constexpr std::size_t kUndecidedMax = 4096;
 constexpr std::size_t kControlMax = 256;
+// Of the former, those of one user, so that others find a place.
+constexpr std::size_t kUndecidedOfUserMax = 1024;
+// How many refusals of one user are logged in a second; the rest is counted.
+constexpr std::uint64_t kRefusalsLoggedPerSecond = 20;
 // How long accepting stops when no descriptor is left.
 constexpr std::int64_t kAcceptPauseMs = 100;
 // How many descriptors are kept for what there is: the manager's own; a listener; a session (userfaultfd,
@@ -148,12 +153,17 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
     return images_->share_memory(image);
   }
   Engine& engine() override { return *engine_; }
+  Result<void> take_request(const Peer& peer) override {
+    return quotas_.take_request(peer.uid, monotonic_ns());
+  }
+  Result<void> may_add(const Peer& peer, std::span<const RequestedRegion> regions) override;
+  Engine::Done count_until_added(const Peer& peer, const RequestedRegion& region, Engine::Done done) override;
   Engine::Done on_loop(Connection* connection, Engine::Done done) override;
   nlohmann::json status() override;
   nlohmann::json listeners() override;
   void add_listener(const control::ListenAdd& request, Connection* connection, Engine::Done done) override;
   Result<void> remove_listener(const std::string& socket) override;
-  void refused(const std::string& who, const Error& error) override;
+  void refused(uid_t user, const std::string& who, const Error& error) override;
   void want(Connection& connection, int fd, bool read, bool write) override;
   void close(Connection& connection, int fd) override;
 
@@ -187,6 +197,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
     int fd;
     std::uint64_t serial;  // tells it from a later one at the same address
     Stage stage;
+    uid_t user;
     EventLoop::Timer deadline;         // 0: none
     ImageOpened opened = nullptr;      // while an image is opened for it
     BlockingWork::Ticket opening = 0;  // the last one
@@ -212,12 +223,17 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
                             std::vector<Subject> allowed, Opened opened);
   void accept(Listener& listener);
   // Whether this client may connect there.
-  Result<void> let_in(const Listener& listener, const Peer& peer) const;
+  Result<void> let_in(const Listener& listener, const Peer& peer);
   // Whether another client can be taken to its end. A client that must be refused half-way for want of a
   // descriptor may hang for ever; one that waits in the listener's queue comes later.
   bool has_room() const;
   void accept_control();
-  void open_connection(std::unique_ptr<Connection> connection, int fd, Stage stage);
+  void open_connection(std::unique_ptr<Connection> connection, int fd, Stage stage, uid_t user);
+  void leave_stage(const OpenConnection& connection);
+  // What this user has.
+  Usage usage_of(uid_t user);
+  // Whether it may have so much more.
+  Result<void> check_quota(uid_t user, const Usage& more);
   void set_deadline(Connection* connection);
   // A session is served for this connection, if it is one.
   void has_session(Connection* connection);
@@ -238,6 +254,8 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   void forget(const SessionStatus& session, SessionEnd end);
   // Of all sessions that forget() has not taken out yet.
   std::vector<SessionStatus> statuses();
+  // What each user has, for status().
+  nlohmann::json users();
   // Serves a session no longer whose client's connection has ended: the client keeps a descriptor of its own,
   // so it either wants no more, or finds its way back by RESUME.
   void leave(SessionId session);
@@ -258,6 +276,9 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   std::map<std::string, Listener> listeners_;
   std::optional<ListeningSocket> control_;
   AccessRules rules_{::geteuid()};
+  Quotas quotas_{options_.user_limits};
+  Quotas refusals_logged_{{.requests_per_second = kRefusalsLoggedPerSecond}};
+  std::map<uid_t, std::size_t> undecided_of_;
   std::unordered_map<Connection*, OpenConnection> connections_;
   std::array<std::size_t, 3> in_stage_{};
   std::uint64_t last_serial_ = 0;
@@ -465,7 +486,14 @@ void Manager::Impl::pause(int fd) {
   });
 }
 
-Result<void> Manager::Impl::let_in(const Listener& listener, const Peer& peer) const {
+Result<void> Manager::Impl::let_in(const Listener& listener, const Peer& peer) {
+  if (auto granted = take_request(peer); !granted) return granted;
+  const auto undecided = undecided_of_.find(peer.uid);
+  if (undecided != undecided_of_.end() && undecided->second >= kUndecidedOfUserMax)
+    return Failure(Error(fmt::format("user {} has {} connections that have not said what they want", peer.uid,
+                                     undecided->second),
+                         ENOSPC)
+                       .with_remedy("say what is wanted, or connect later"));
   if (listener.kind == control::ListenKind::native) {
     if (rules_.may_have_some(peer)) return {};
     return Failure(Error(fmt::format("user {} may have no image of this manager", peer.uid), EPERM)
@@ -496,16 +524,19 @@ void Manager::Impl::accept(Listener& listener) {
     }
     Result<Peer> peer = peer_of(accepted.socket.get());
     if (!peer) {
-      refused(listener.socket.path(), peer.error());
+      log_.write(fmt::format("refused: {}: {}", listener.socket.path(), peer.error().text()));
+      ++clients_refused_;
       continue;
     }
     const int fd = accepted.socket.get();
     if (auto allowed = let_in(listener, *peer); !allowed) {
-      refused(fmt::format("{}: client pid {} uid {}", listener.socket.path(), peer->pid, peer->uid),
+      refused(peer->uid,
+              fmt::format("{}: client pid {} uid {}", listener.socket.path(), peer->pid, peer->uid),
               allowed.error());
       turn_away(fd, listener.kind, allowed.error());
       continue;
     }
+    const uid_t user = peer->uid;
     std::unique_ptr<Connection> connection;
     if (listener.kind == control::ListenKind::firecracker) {
       connection = std::make_unique<FirecrackerConnection>(std::move(accepted.socket), std::move(*peer),
@@ -514,7 +545,7 @@ void Manager::Impl::accept(Listener& listener) {
       connection = std::make_unique<NativeConnection>(std::move(accepted.socket), std::move(*peer),
                                                       listener.socket.path(), *this);
     }
-    open_connection(std::move(connection), fd, Stage::undecided);
+    open_connection(std::move(connection), fd, Stage::undecided, user);
   }
   if (!std::exchange(full_, true))
     log_.write(
@@ -536,20 +567,21 @@ void Manager::Impl::accept_control() {
     if (!rules_.may_control(*peer)) {
       const Error error = Error(fmt::format("user {} may not control this manager", peer->uid), EPERM)
                               .with_remedy("have it run with --allow-control WHO");
-      refused(fmt::format("{}: client pid {} uid {}", control_->path(), peer->pid, peer->uid), error);
+      refused(peer->uid, fmt::format("{}: client pid {} uid {}", control_->path(), peer->pid, peer->uid),
+              error);
       const std::string answer = control::encode_error(error);
       (void)send_some(fd, std::as_bytes(std::span(answer)), {});
       continue;
     }
     open_connection(std::make_unique<ControlConnection>(std::move(accepted.socket), *this), fd,
-                    Stage::control);
+                    Stage::control, peer->uid);
   }
   pause(control_->fd());
 }
 
 // ---- connections ------------------------------------------------------------------------------------------
 
-void Manager::Impl::open_connection(std::unique_ptr<Connection> connection, int fd, Stage stage) {
+void Manager::Impl::open_connection(std::unique_ptr<Connection> connection, int fd, Stage stage, uid_t user) {
   Connection* key = connection.get();
   auto watched = loop_->add(fd, EPOLLIN, [key] { key->ready(); });
   if (!watched) return log_.write(watched.error().text());
@@ -557,10 +589,19 @@ void Manager::Impl::open_connection(std::unique_ptr<Connection> connection, int 
                                            .fd = fd,
                                            .serial = ++last_serial_,
                                            .stage = stage,
+                                           .user = user,
                                            .deadline = 0});
   ++in_stage(stage);
+  if (stage == Stage::undecided) ++undecided_of_[user];
   if (stage == Stage::undecided) set_deadline(key);
   key->ready();
+}
+
+void Manager::Impl::leave_stage(const OpenConnection& connection) {
+  --in_stage(connection.stage);
+  if (connection.stage != Stage::undecided) return;
+  const auto found = undecided_of_.find(connection.user);
+  if (--found->second == 0) undecided_of_.erase(found);
 }
 
 void Manager::Impl::set_deadline(Connection* connection) {
@@ -570,7 +611,7 @@ void Manager::Impl::set_deadline(Connection* connection) {
     OpenConnection& entry = connections_.at(connection);
     entry.deadline = 0;
     refused(
-        connection->who(),
+        entry.user, connection->who(),
         Error(fmt::format("it did not say within {} ms what it wants", options_.handshake_ms), ETIMEDOUT));
     close(*connection, entry.fd);
   });
@@ -580,7 +621,7 @@ void Manager::Impl::has_session(Connection* connection) {
   if (connection == nullptr) return;
   OpenConnection& entry = connections_.at(connection);
   if (entry.stage != Stage::undecided) return;
-  --in_stage(entry.stage);
+  leave_stage(entry);
   entry.stage = Stage::decided;
   ++in_stage(entry.stage);
   loop_->cancel(std::exchange(entry.deadline, 0));
@@ -596,7 +637,7 @@ void Manager::Impl::close(Connection& connection, int fd) {
   if (found == connections_.end()) return;
   loop_->remove(fd);
   if (found->second.deadline != 0) loop_->cancel(found->second.deadline);
-  --in_stage(found->second.stage);
+  leave_stage(found->second);
   work_->forget(found->second.opening);
   for (auto& [id, info] : sessions_) {
     if (info.connection != &connection) continue;
@@ -630,9 +671,42 @@ void Manager::Impl::leave(SessionId session) {
   engine_->abandon(session, [](const Result<void>&) {});
 }
 
-void Manager::Impl::refused(const std::string& who, const Error& error) {
+void Manager::Impl::refused(uid_t user, const std::string& who, const Error& error) {
   ++clients_refused_;
-  log_.write(fmt::format("refused: {}: {}", who, error.text()));
+  if (refusals_logged_.take_request(user, monotonic_ns()))
+    log_.write(fmt::format("refused: {}: {}", who, error.text()));
+}
+
+Usage Manager::Impl::usage_of(uid_t user) {
+  Usage usage;
+  for (const auto& [id, info] : sessions_) {
+    if (info.uid != user) continue;
+    const std::optional<SessionStatus> status = engine_->session(id);
+    if (status) usage += {.sessions = 1, .regions = status->regions, .memory_bytes = status->memory_bytes};
+  }
+  return usage;
+}
+
+Result<void> Manager::Impl::check_quota(uid_t user, const Usage& more) {
+  if (!quotas_.limits_usage()) return {};
+  return quotas_.check(user, usage_of(user), more);
+}
+
+Result<void> Manager::Impl::may_add(const Peer& peer, std::span<const RequestedRegion> regions) {
+  Usage more{.regions = regions.size()};
+  for (const RequestedRegion& region : regions) more.memory_bytes += region.memory.length.value;
+  return check_quota(peer.uid, more);
+}
+
+Engine::Done Manager::Impl::count_until_added(const Peer& peer, const RequestedRegion& region,
+                                              Engine::Done done) {
+  if (!quotas_.limits_usage()) return done;
+  const Usage more{.regions = 1, .memory_bytes = region.memory.length.value};
+  quotas_.reserve(peer.uid, more);
+  return [this, user = peer.uid, more, done = std::move(done)](Result<void> result) {
+    loop_->post([this, user, more] { quotas_.release(user, more); });
+    done(std::move(result));
+  };
 }
 
 // ---- sessions ---------------------------------------------------------------------------------------------
@@ -667,6 +741,11 @@ Result<AttachedSession> Manager::Impl::attach(NewSession session, std::shared_pt
   if (ending_) return Failure(Error("the manager is ending", ESHUTDOWN).with_remedy("connect again"));
   if (auto valid = validate(session.request.regions, image->store()->size()); !valid)
     return Failure(std::move(valid).error());
+  Usage more{.sessions = 1, .regions = session.request.regions.size()};
+  for (const RequestedRegion& region : session.request.regions)
+    more.memory_bytes += region.memory.length.value;
+  if (auto granted = check_quota(session.peer->uid, more); !granted)
+    return Failure(std::move(granted).error());
   if (!session.peer->pidfd)
     return Failure(
         Error("the client's process cannot be watched", ESRCH)
@@ -767,6 +846,10 @@ Result<AttachedSession> Manager::Impl::take_up(UniqueFd uffd_fd, UniqueFd proces
                                                Connection* connection) {
   Result<Uffd> uffd = Uffd::receive(uffd_fd.release(), options_.system);
   if (!uffd) return Failure(Error(uffd.error().text(), EBADF));
+  Usage more{.sessions = 1};
+  for (const RegionRecord& region : state.regions()) more.regions += region.live ? 1 : 0;
+  for (const Segment& segment : state.layout().segments()) more.memory_bytes += segment.memory.length.value;
+  if (auto granted = check_quota(uid, more); !granted) return Failure(std::move(granted).error());
   const ByteCount image_size = image->store()->size();
   for (const RegionRecord& region : state.regions())
     if (region.live && (region.offset.value > image_size.value ||
@@ -897,6 +980,29 @@ std::vector<SessionStatus> Manager::Impl::statuses() {
   return statuses;
 }
 
+nlohmann::json Manager::Impl::users() {
+  struct User {
+    Usage usage;
+    std::uint64_t refused = 0;
+  };
+  std::map<uid_t, User> users;
+  for (const SessionStatus& status : statuses()) {
+    const auto found = sessions_.find(status.id);
+    if (found != sessions_.end())
+      users[found->second.uid].usage +=
+          {.sessions = 1, .regions = status.regions, .memory_bytes = status.memory_bytes};
+  }
+  for (const auto& [user, times] : quotas_.refused()) users[user].refused = times;
+  nlohmann::json list = nlohmann::json::array();
+  for (const auto& [id, user] : users)
+    list.push_back({{"uid", id},
+                    {"sessions", user.usage.sessions},
+                    {"regions", user.usage.regions},
+                    {"memory_bytes", user.usage.memory_bytes},
+                    {"refused_by_quota", user.refused}});
+  return list;
+}
+
 nlohmann::json Manager::Impl::status() {
   nlohmann::json sessions = nlohmann::json::array();
   nlohmann::json total = ended_counters_;
@@ -939,6 +1045,12 @@ nlohmann::json Manager::Impl::status() {
           {"sessions", std::move(sessions)},
           {"shared_images", std::move(shared)},
           {"sessions_left_out", left_out},
+          {"users", users()},
+          {"user_limits",
+           {{"sessions", options_.user_limits.sessions},
+            {"regions", options_.user_limits.regions},
+            {"memory_bytes", options_.user_limits.memory_bytes},
+            {"requests_per_second", options_.user_limits.requests_per_second}}},
           {"sessions_ended", sessions_ended_},
           {"clients_refused", clients_refused_},
           {"total", std::move(total)}};

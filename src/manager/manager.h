@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "engine/session.h"
+#include "manager/quotas.h"
 
 namespace uffdkit {
 
@@ -30,6 +31,7 @@ struct ManagerOptions {
   std::int64_t handshake_ms = 5'000;  // how long a client may take to say what it wants
   // How long the end waits for the memory of clients that hold no descriptor for a successor to be complete.
   std::int64_t drain_ms = 60'000;
+  UserLimits user_limits = {};                // of each user
   OnError on_error = OnError::poison;         // see SessionOptions
   ReadRetries read_retries = {};              // of all images
   std::vector<StoreFault> store_faults = {};  // likewise; for tests

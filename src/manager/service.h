@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -76,6 +77,13 @@ class ConnectionService {
                           ImageOpened opened) = 0;
   virtual Result<std::shared_ptr<SharedImage>> share_memory(const std::shared_ptr<StoreLane>& image) = 0;
   virtual Engine& engine() = 0;
+  // Whether this user may ask for something now. ENOSPC: it has asked too often.
+  virtual Result<void> take_request(const Peer& peer) = 0;
+  // Whether this user may have so many regions more. ENOSPC: its quota is used up.
+  virtual Result<void> may_add(const Peer& peer, std::span<const RequestedRegion> regions) = 0;
+  // Counts a region as the user's until the engine has answered, and does so itself; then calls `done`.
+  virtual Engine::Done count_until_added(const Peer& peer, const RequestedRegion& region,
+                                         Engine::Done done) = 0;
   // Has `done` called on the manager's thread with what it is given on any other, unless `connection` is
   // closed by then.
   virtual Engine::Done on_loop(Connection* connection, Engine::Done done) = 0;
@@ -86,8 +94,8 @@ class ConnectionService {
   virtual void add_listener(const control::ListenAdd& request, Connection* connection, Engine::Done done) = 0;
   virtual Result<void> remove_listener(const std::string& socket) = 0;
 
-  // A client was refused; logged and counted.
-  virtual void refused(const std::string& who, const Error& error) = 0;
+  // A client was refused; counted, and logged unless this user is refused something all the time.
+  virtual void refused(uid_t user, const std::string& who, const Error& error) = 0;
   // What the connection's descriptor waits for.
   virtual void want(Connection& connection, int fd, bool read, bool write) = 0;
   // Ends the connection soon, from its own calls too; `fd` is closed by it.

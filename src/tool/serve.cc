@@ -29,6 +29,7 @@ struct Options {
   std::string control;
   std::vector<std::string> allow;          // WHO=IMAGES
   std::vector<std::string> allow_control;  // WHO
+  UserLimits user_limits;
   unsigned workers = 0;
   std::uint64_t fault_around = 16;
   std::uint64_t shared_fault_around = 64;
@@ -108,6 +109,7 @@ int run(const Options& options) {
                        .spin_ns = options.spin_us * 1000,
                        .handshake_ms = static_cast<std::int64_t>(options.handshake_seconds * 1000),
                        .drain_ms = static_cast<std::int64_t>(options.drain_seconds * 1000),
+                       .user_limits = options.user_limits,
                        .on_error = options.on_error,
                        .read_retries = {.count = options.read_retries},
                        .store_faults = std::move(*faults)});
@@ -152,6 +154,16 @@ void add_serve(CLI::App& app, int& exit_code) {
       ->check(is_pair("WHO=IMAGES"));
   command->add_option("--allow-control", options->allow_control,
                       "WHO: who else may use the control socket; repeatable");
+  command->add_option("--user-sessions", options->user_limits.sessions,
+                      "How many sessions each user may have; 0: no limit");
+  command->add_option("--user-regions", options->user_limits.regions,
+                      "How many regions each user may have in all its sessions; 0: no limit");
+  command
+      ->add_option("--user-memory", options->user_limits.memory_bytes,
+                   "How many bytes each user may have in all its regions, say 64G; 0: no limit")
+      ->transform(CLI::AsSizeValue(false));
+  command->add_option("--user-requests", options->user_limits.requests_per_second,
+                      "How many connections and requests each user may make in a second; 0: no limit");
   add_fault_around_option(*command, "--fault-around", options->fault_around, kFaultAroundHelp);
   add_fault_around_option(*command, "--shared-fault-around", options->shared_fault_around,
                           "The same where clients share the image");

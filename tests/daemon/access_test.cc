@@ -1,4 +1,5 @@
 // Who is let in, and to which images: clients of other users at a manager's sockets.
+#include <poll.h>
 #include <sys/stat.h>
 #include <uffdkit/client.h>
 #include <unistd.h>
@@ -64,8 +65,10 @@ class Access : public ManagerTest {
                                  .page_size = kPage4K}}},
         .uffd = duplicate(memory.uffd().fd())};
   }
-  // Whether the connection is ended without a word.
+  // The other end closes the connection without a word.
   static void wait_closed(int socket) {
+    pollfd entry{.fd = socket, .events = POLLIN, .revents = 0};
+    require(poll(&entry, 1, 30'000) == 1, "the connection was not closed");
     char byte;
     require(read(socket, &byte, 1) <= 0, "the manager says something");
   }
