@@ -5,13 +5,14 @@
 namespace uffdkit {
 namespace {
 
-FaultPlan::Action action_for(const PageTable& table, PageRange page) {
+FaultPlan::Action action_for(const PageTable& table, PageRange page, Lost lost) {
   bool all_zero = true;
   for (PageIndex granule = page.first; granule < page.end(); granule = granule + PageCount(1)) {
     const PageState state = table.get(granule);
     if (state == PageState::fetching) return FaultPlan::Action::wait;
     if (state == PageState::poisoned) return FaultPlan::Action::poison;
-    all_zero = all_zero && reads_as_zero(state);
+    const bool was_lost = state == PageState::installed && lost == Lost::zero;
+    all_zero = all_zero && (reads_as_zero(state) || was_lost);
   }
   return all_zero ? FaultPlan::Action::zero : FaultPlan::Action::read;
 }
@@ -25,9 +26,10 @@ PageRange page_of(const Segment& segment, PageIndex granule) {
   return {PageIndex(segment.first.value + into_segment / per_page * per_page), PageCount(per_page)};
 }
 
-FaultPlan plan_fault(const PageTable& table, const Segment& segment, PageIndex fault, PageCount around) {
+FaultPlan plan_fault(const PageTable& table, const Segment& segment, PageIndex fault, PageCount around,
+                     Lost lost) {
   const PageRange page = page_of(segment, fault);
-  const FaultPlan::Action action = action_for(table, page);
+  const FaultPlan::Action action = action_for(table, page, lost);
   FaultPlan plan{.action = action, .granules = page};
   const bool brings_neighbours = action == FaultPlan::Action::read || action == FaultPlan::Action::zero;
   if (!brings_neighbours || around <= page.count) return plan;

@@ -21,12 +21,19 @@ struct FaultPlan {
   PageRange granules;  // a run of whole pages around the fault, within the segment
 };
 
+// What a page that was put there once, and is missing again, reads as.
+enum class Lost : std::uint8_t {
+  store,  // the store again: it may have gone without a word
+  zero,   // it can only have been given back
+};
+
 // The page of the segment that holds `granule`.
 PageRange page_of(const Segment& segment, PageIndex granule);
 
 // `fault` is the granule of the faulting address, within `segment`. `around` bounds the run that comes with
 // the page: it is cut out of the aligned window of so many granules (a power of two), and holds, besides the
 // faulting page, only pages which have never been asked for (read) or all have been removed (zero).
-FaultPlan plan_fault(const PageTable& table, const Segment& segment, PageIndex fault, PageCount around);
+FaultPlan plan_fault(const PageTable& table, const Segment& segment, PageIndex fault, PageCount around,
+                     Lost lost);
 
 }  // namespace uffdkit

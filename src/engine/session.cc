@@ -451,14 +451,24 @@ Session::Served Session::serve(Pending& pending) {
   return Served::done;
 }
 
+// A page of the client's own memory is taken away by the client only, and where that is told by an event, the
+// event has been read before anybody can miss the page. What is left makes no event, and means the same: a
+// hole that is punched into a file, or what another process does to memory that both share. A client that
+// asks for no such events gets the image again, whatever it does.
+Lost Session::lost(const Segment& segment) const {
+  const bool is_told = uffd_.features().has(Features(abi::kFeatureEventRemove));
+  return is_told && sharing_of(segment) == SharingMode::none ? Lost::zero : Lost::store;
+}
+
 Session::Served Session::serve_missing(Pending& pending) {
   const Segment* segment = state_.layout().find(pending.page);
   if (segment == nullptr) return serve_outside(pending, kPage4K);
   if (segment->region == kZeroRegion) return serve_outside(pending, segment->page_size);
   const PageIndex wanted = segment->granule_at(pending.page);
   const bool shared = serving_[segment->region].shared != nullptr;
-  const FaultPlan plan = plan_fault(state_.table(segment->region), *segment, wanted,
-                                    shared ? options_.shared_fault_around : options_.fault_around);
+  const FaultPlan plan =
+      plan_fault(state_.table(segment->region), *segment, wanted,
+                 shared ? options_.shared_fault_around : options_.fault_around, lost(*segment));
   switch (plan.action) {
     case FaultPlan::Action::read:
       if (shared) return serve_shared(pending, *segment, plan.granules, wanted);
@@ -641,13 +651,17 @@ Session::Put Session::put(const Segment& segment, PageRange run, Contents conten
       case Stop::present:
         // Whoever was parked on it was not woken by that. If it is not there after all, it will fault again.
         wake({segment.address_of(run.first), segment.page_size.bytes()});
-        // A huge page is also said to be present when the pool is empty (6.18). One that was brought is
-        // there: this is a late reader's fault.
-        if (segment.page_size != kPage4K && !is_brought(segment, {run.first, page}) &&
-            spare_huge_pages(segment.page_size) == 0)
-          return Put::no_memory;
-        mark_brought(segment, {run.first, page});
         passed = page;
+        if (segment.page_size == kPage4K) {
+          mark_brought(segment, {run.first, page});
+          break;
+        }
+        // A huge page is also said to be present when the pool is empty (6.18). One that was brought is
+        // there: this is a late reader's fault. Another may be there, or the pool has been filled since: it
+        // is not taken for brought, so that its readers, if there are any again, do not get zeros.
+        if (is_brought(segment, {run.first, page})) break;
+        if (spare_huge_pages(segment.page_size) == 0) return Put::no_memory;
+        pass_by({run.first, page});
         break;
       case Stop::not_ready:
         // Unmapped meanwhile, or the run crosses from one mapping into the next: page by page it does not
@@ -1009,8 +1023,8 @@ bool Session::populate() {
       populate_from_ = segment->address_of(run.end());
       continue;
     }
-    const FaultPlan plan =
-        plan_fault(table, *segment, first, std::max(kPopulateGranules, granules_per_page(*segment)));
+    const FaultPlan plan = plan_fault(
+        table, *segment, first, std::max(kPopulateGranules, granules_per_page(*segment)), lost(*segment));
     const Address behind = segment->address_of(plan.granules.end());
     if (plan.action == FaultPlan::Action::read && !populate_run(*segment, plan.granules)) return false;
     populate_from_ = behind;

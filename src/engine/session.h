@@ -224,6 +224,8 @@ class Session {
     PageRange granules;
   };
 
+  Lost lost(const Segment& segment) const;
+
   // False if there may be more messages.
   bool drain();
   // Applies an event; returns how many page states it has changed at most.

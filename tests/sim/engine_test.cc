@@ -2,10 +2,104 @@
 // out.
 #include <gtest/gtest.h>
 
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "engine/session.h"
+#include "sim/world.h"
 #include "simulate/world.h"
 
 namespace uffdkit::simulate {
 namespace {
+
+// Every byte of it is 7.
+class SevenStore final : public Store {
+ public:
+  ByteCount size() const noexcept override { return ByteCount(64 * sim::test::kPage); }
+  std::string name() const override { return "seven"; }
+  Extent extent_at(StoreOffset) const noexcept override {
+    return {.zero = false, .end = StoreOffset(size().value)};
+  }
+  Result<ReadStatus> read(StoreOffset, std::span<std::byte> to, Wait) noexcept override {
+    std::memset(to.data(), 7, to.size());
+    return ReadStatus::done;
+  }
+};
+
+class Host final : public SessionHost {
+ public:
+  std::int64_t now_ns() override { return ++now_; }
+  std::span<std::byte> scratch() override { return scratch_; }
+  void start_fetch(StoreLane&, std::unique_ptr<Fetch>) override {}
+  bool kill_client() override { return false; }
+  void forked(std::unique_ptr<ForkedSession>) override {}
+  void page_failed(const Error&) override {}
+  void detach_failed(const Error&) override {}
+  void warn(const std::string&) override {}
+
+ private:
+  std::int64_t now_ = 0;
+  std::vector<std::byte> scratch_ = std::vector<std::byte>(kFetchGranulesMax * sim::test::kPage);
+};
+
+// One process whose file memory shows the store, with a session that is stepped while a thread waits.
+class SimLostPages : public testing::Test {
+ protected:
+  explicit SimLostPages(std::uint64_t features = abi::kFeatureEventRemove)
+      : world_(features),
+        file_(world_.kernel.make_shmem(ByteCount(kPages * sim::test::kPage))),
+        start_(world_.area(sim::Memory::shmem_shared, kPages, sim::test::kMissingMode, file_)),
+        session_(Uffd::adopt(world_.uffd.duplicate().value().release(), world_.uffd.features(),
+                             world_.process.system_calls()),
+                 SessionState::create("seven").value(), {}, {.fault_around = PageCount(1)}, host_) {
+    session_
+        .add_region(sim::test::pages(start_, kPages), StoreOffset(0), kPage4K,
+                    StoreLane::create(std::make_shared<SevenStore>()).value())
+        .value();
+  }
+  int read(std::uint64_t page) {
+    sim::Thread& thread = world_.read(sim::test::at(start_, page));
+    for (int steps = 0; steps < 10 && sim::test::asleep(thread); ++steps) {
+      session_.step();
+      world_.kernel.run();
+    }
+    return sim::test::byte_of(thread);
+  }
+  void punch(std::uint64_t first, std::uint64_t count) {
+    file_->punch_hole(first * sim::test::kPage, ByteCount(count * sim::test::kPage));
+  }
+
+  static constexpr std::uint64_t kPages = 64;
+  sim::test::World world_;
+  Host host_;
+  sim::ObjectPtr file_;
+  Address start_;
+  Session session_;
+};
+
+TEST_F(SimLostPages, AreZeroWhereTheyWereThereAndTheStoresWhereTheyWereNot) {
+  EXPECT_EQ(read(3), 7);
+  EXPECT_EQ(read(4), 7);
+  punch(4, 2);
+  EXPECT_EQ(read(3), 7);
+  EXPECT_EQ(read(4), 0);
+  EXPECT_EQ(read(5), 7);
+  punch(0, kPages);
+  EXPECT_EQ(read(4), 0);
+  EXPECT_EQ(read(3), 0);
+}
+
+class SimLostPagesUntold : public SimLostPages {
+ protected:
+  SimLostPagesUntold() : SimLostPages(0) {}
+};
+
+TEST_F(SimLostPagesUntold, AreTheStoresWhereNothingIsToldOfRemovals) {
+  EXPECT_EQ(read(3), 7);
+  punch(3, 1);
+  EXPECT_EQ(read(3), 7);
+}
 
 TEST(SimEngine, ServesEveryByteAndLeavesNoThreadAsleepUnder300Seeds) {
   std::size_t bytes_checked = 0;

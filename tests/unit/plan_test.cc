@@ -17,8 +17,9 @@ class PlanTest : public testing::Test {
             .page_size = page_size,
             .first = PageIndex(first)};
   }
-  FaultPlan plan(const Segment& segment, std::uint64_t fault, std::uint64_t around) const {
-    return plan_fault(table_, segment, PageIndex(fault), PageCount(around));
+  FaultPlan plan(const Segment& segment, std::uint64_t fault, std::uint64_t around,
+                 Lost lost = Lost::store) const {
+    return plan_fault(table_, segment, PageIndex(fault), PageCount(around), lost);
   }
   static PageRange run(std::uint64_t first, std::uint64_t count) {
     return {PageIndex(first), PageCount(count)};
@@ -51,9 +52,19 @@ TEST_F(PlanTest, OnlyPagesThatWereNeverAskedForComeAlong) {
   }
 }
 
-TEST_F(PlanTest, AnInstalledPageIsReadAgain) {
+TEST_F(PlanTest, AnInstalledPageIsReadAgainOrZeroAsItIsSaid) {
   table_.set(PageIndex(37), PageState::installed);
-  EXPECT_EQ(plan(all_, 37, 4).action, Action::read);
+  EXPECT_EQ(plan(all_, 37, 4, Lost::store).action, Action::read);
+  EXPECT_EQ(plan(all_, 37, 4, Lost::zero).action, Action::zero);
+  EXPECT_EQ(plan(all_, 36, 4, Lost::zero).action, Action::read);
+}
+
+TEST_F(PlanTest, ALostHugePageIsZeroOnlyIfAllOfItWasThere) {
+  const Segment huge = segment_of(kPage2M, 0, 1024);
+  table_.set(run(0, 511), PageState::installed);
+  EXPECT_EQ(plan(huge, 3, 16, Lost::zero).action, Action::read);
+  table_.set(PageIndex(511), PageState::removed);
+  EXPECT_EQ(plan(huge, 3, 16, Lost::zero).action, Action::zero);
 }
 
 TEST_F(PlanTest, ARemovedPageIsZeroTogetherWithItsRemovedNeighbours) {

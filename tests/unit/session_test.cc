@@ -211,8 +211,8 @@ class FakeHost final : public SessionHost {
 class SessionTest : public testing::Test {
  protected:
   // One region: pages 0 to 1023 show the store from its start.
-  explicit SessionTest(std::uint64_t around = 4)
-      : session_(Uffd::adopt(3, Features(), kernel_), SessionState::create("fake").value(), {},
+  explicit SessionTest(std::uint64_t around = 4, Features features = {})
+      : session_(Uffd::adopt(3, features, kernel_), SessionState::create("fake").value(), {},
                  {.fault_around = PageCount(around)}, host_) {
     add(pages(0, 1024));
   }
@@ -688,6 +688,56 @@ TEST_F(SessionTest, RemovedPagesReadAsZeroForEverAfter) {
     settle();
     EXPECT_EQ(at(6), std::byte{0});
   }
+}
+
+TEST_F(SessionTest, APageThatIsLostIsTheImageAgainForAClientThatTellsOfNothing) {
+  kernel_.fault(pages(6));
+  settle();
+  kernel_.present.clear();
+  kernel_.fault(pages(6));
+  settle();
+  EXPECT_EQ(at(6), tag_of(6));
+}
+
+// Its client tells what it removes.
+class TellingTest : public SessionTest {
+ protected:
+  TellingTest() : SessionTest(4, Features(abi::kFeatureEventRemove)) {}
+};
+
+TEST_F(TellingTest, APageThatIsLostWithoutAWordIsZero) {
+  kernel_.fault(pages(6));
+  settle();
+  kernel_.present.clear();
+  kernel_.fault(pages(6));
+  kernel_.fault(pages(9));
+  settle();
+  EXPECT_EQ(at(6), std::byte{0});
+  EXPECT_EQ(at(9), tag_of(9));
+}
+
+TEST_F(TellingTest, ALateFaultOnAPageThatIsThereChangesNothing) {
+  kernel_.fault(pages(6));
+  settle();
+  kernel_.fault(pages(6));
+  settle();
+  EXPECT_EQ(at(6), tag_of(6));
+  EXPECT_TRUE(kernel_.woke(pages(6)));
+}
+
+TEST_F(TellingTest, AHugePageThatIsSaidToBeThereButWasNotIsBroughtAfterAll) {
+  ASSERT_TRUE(session_.add_region(pages(5120, 512), StoreOffset(0), kPage2M, lane_));
+  // As 6.18 says when the pool is empty; it has been filled when the manager looks.
+  bool pool_is_empty = true;
+  kernel_.refuse = [&](const FakeKernel::Call& call) {
+    return call.request == abi::kIoctlCopy && pool_is_empty ? EEXIST : 0;
+  };
+  kernel_.fault(pages(5120));
+  settle();
+  pool_is_empty = false;
+  kernel_.fault(pages(5120));
+  run_out();
+  EXPECT_EQ(at(5121), tag_of(1));
 }
 
 TEST_F(SessionTest, AFaultOutsideOfEveryRegionIsZero) {
