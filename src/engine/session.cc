@@ -350,7 +350,7 @@ void Session::take(const Fault& fault) {
   const PageSize page_size = segment != nullptr ? segment->page_size : kPage4K;
   const Address page(page_size.round_down(fault.address.value));
   for (const Pending& known : pending_) {
-    if (known.page != page || known.kind != fault.kind) continue;
+    if (known.page != page || known.page_size != page_size || known.kind != fault.kind) continue;
     add(counters_.faults_merged);
     return;
   }
@@ -358,7 +358,7 @@ void Session::take(const Fault& fault) {
     overflowed_ = true;
     return;
   }
-  pending_.push_back({.page = page, .kind = fault.kind, .since_ns = host_.now_ns()});
+  pending_.push_back({.page = page, .page_size = page_size, .kind = fault.kind, .since_ns = host_.now_ns()});
 }
 
 void Session::apply(const RemoveEvent& event) {
@@ -437,7 +437,11 @@ Session::Served Session::serve(Pending& pending) {
   // What lies there may have changed since the fault was read.
   const Segment* segment = state_.layout().find(pending.page);
   const PageSize page_size = segment != nullptr ? segment->page_size : kPage4K;
-  pending.page = Address(page_size.round_down(pending.page.value));
+  if (page_size != pending.page_size) {
+    // Which of the smaller pages is wanted, or what the others of a larger one are, the next fault says.
+    wake({pending.page, pending.page_size.bytes()});
+    return Served::done;
+  }
   pending.not_before_ns = 0;
   if (pending.kind == Fault::Kind::missing || (pending.kind == Fault::Kind::minor && shares(segment)))
     return serve_missing(pending);
@@ -950,17 +954,15 @@ void Session::settle_pending(const UnderWay& fetch, Put put) {
     const PageIndex granule = segment->granule_at(pending.page);
     if (!fetch.granules.contains(granule)) return false;
     PageTable& table = state_.table(segment->region);
-    switch (table.get(granule)) {
-      case PageState::installed:
-      case PageState::zeroed:
-        return true;
-      case PageState::absent:
-        break;
-      default:
-        return false;
+    const PageState state = table.get(granule);
+    const bool is_there = state == PageState::installed || state == PageState::zeroed;
+    if (!is_there && state != PageState::absent) return false;
+    // Its reader was woken by that, unless the page came otherwise, and was moved to where the reader waits.
+    // It faults again if there is anything to be had.
+    if (is_there || put == Put::done) {
+      wake({pending.page, segment->page_size.bytes()});
+      return true;
     }
-    // Its reader has been woken, and faults again if there is anything to be had.
-    if (put == Put::done) return true;
     if (put == Put::no_memory && pending.attempts >= kNoMemoryAttemptsMax) {
       host_.page_failed(no_memory_for(pending.page));
       table.set(page_of(*segment, granule), PageState::poisoned);

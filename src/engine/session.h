@@ -183,6 +183,7 @@ class Session {
   // A fault that has not been answered.
   struct Pending {
     Address page;
+    PageSize page_size;
     Fault::Kind kind;
     std::int64_t since_ns;
     std::int64_t not_before_ns = 0;  // the kernel put it off until then

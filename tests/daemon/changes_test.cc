@@ -244,6 +244,12 @@ TEST_P(Changes, NoFetchInstallsOldBytesIntoWhatChangesMeanwhile) {
          memory.move(unit, 2 * unit, 8 * unit);
          memory.move(8 * unit, 2 * unit, 2 * unit);
        }},
+      {"moved over by what was given back and is there again",
+       [&](ChangingMemory& memory, std::size_t unit) {
+         memory.give_back(2 * unit, unit, is_file() ? MADV_REMOVE : MADV_DONTNEED);
+         memory.write(2 * unit, 5);
+         memory.move(2 * unit, unit, unit);
+       }},
       {"unmapped", [&](ChangingMemory& memory, std::size_t unit) { memory.unmap(unit, unit); }},
       {"mapped over", [&](ChangingMemory& memory, std::size_t unit) { memory.map_over(unit, 2 * unit); }},
       {"mapped over and registered again", [&](ChangingMemory& memory, std::size_t unit) {

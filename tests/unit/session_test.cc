@@ -646,6 +646,24 @@ TEST_F(UnderWayTest, WhatWasLeftBehindByAMoveIsZero) {
   EXPECT_EQ(at(3002), tag_of(6));
 }
 
+TEST_F(UnderWayTest, AThreadThatWaitsWhereAPageWasMovedThatIsThereIsWoken) {
+  // The page comes from the same window, but not by its fetch.
+  kernel_.removed(pages(5));
+  kernel_.fault(pages(5));
+  settle();
+  ASSERT_EQ(at(5), std::byte{0});
+  kernel_.unmap(pages(6));
+  kernel_.moved(pages(5), pages(6).start);
+  kernel_.unmap(pages(5));
+  kernel_.present[pages(6).start.value] = std::byte{0};
+  settle();
+  kernel_.calls.clear();
+  bring();
+  settle();
+  EXPECT_TRUE(kernel_.woke(pages(6)));
+  EXPECT_EQ(counter(counters().pending), 0u);
+}
+
 TEST_F(UnderWayTest, WhatWasDroppedMeanwhileIsLeftAlone) {
   ASSERT_TRUE(session_.drop(pages(0, 1024)));
   settle();
