@@ -170,6 +170,7 @@ enum class Advice : std::uint8_t {
   dont_fork,
   huge_page,     // a fault may map 2 MiB at once
   no_huge_page,  // takes huge_page back
+  page_out,      // there is no swap, so that only pages of a page cache leave, and only the page table
   collapse,      // of present pages one huge page is made. EBUSY: one is not there. Since 6.1
 };
 

@@ -1,5 +1,5 @@
 // madvise(2): DONTNEED, FREE, REMOVE, which discard pages; DONTFORK, HUGEPAGE, NOHUGEPAGE, which are kept
-// with the area; COLLAPSE.
+// with the area; PAGEOUT; COLLAPSE.
 #include <algorithm>
 #include <cerrno>
 
@@ -103,6 +103,24 @@ Operation mark_memory(ThreadImpl& thread, AddressRange range, Advice advice) {
     else
       area.huge_advised = advice == Advice::huge_page;
   });
+  co_return result(at < end ? -ENOMEM : 0);
+}
+
+// No event tells of it: the pages are still those of the process, and armed ones stay so by a marker.
+// Source: mm/madvise.c, madvise_pageout().
+Operation page_out_memory(ThreadImpl& thread, AddressRange range) {
+  AddressSpace& space = *thread.process().space();
+  const std::uint64_t start = range.start.value;
+  const std::uint64_t end = start + round_up(range.length.value, kSmallPage);
+  if (!page_aligned(start)) co_return result(-EINVAL);
+  std::uint64_t at = start;
+  for (const Area* area : space.in_range(start, end)) {
+    if (area->start > at) break;
+    if (area->huge()) co_return result(-EINVAL);
+    at = std::min(end, area->end);
+    if (!area->anonymous())
+      space.zap(*area, std::max(start, area->start), at, AddressSpace::PrivateCopies::keep);
+  }
   co_return result(at < end ? -ENOMEM : 0);
 }
 

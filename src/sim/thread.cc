@@ -58,6 +58,8 @@ void ThreadImpl::advise(AddressRange range, Advice advice) {
     case Advice::huge_page:
     case Advice::no_huge_page:
       return start(mark_memory(*this, range, advice));
+    case Advice::page_out:
+      return start(page_out_memory(*this, range));
     case Advice::collapse:
       return start(collapse_memory(*this, range));
   }

@@ -107,6 +107,7 @@ Operation map_memory(ThreadImpl& thread, MapRequest request);
 Operation unmap_memory(ThreadImpl& thread, AddressRange range);
 Operation advise_memory(ThreadImpl& thread, AddressRange range, Advice advice);
 Operation mark_memory(ThreadImpl& thread, AddressRange range, Advice advice);
+Operation page_out_memory(ThreadImpl& thread, AddressRange range);
 Operation collapse_memory(ThreadImpl& thread, AddressRange range);
 Operation remap_memory(ThreadImpl& thread, Remap remap);
 Operation protect_memory(ThreadImpl& thread, AddressRange range, bool readable, bool writable);

@@ -26,6 +26,8 @@ const char* name_of(MemoryType type) {
       return "hugetlb";
     case MemoryType::hugetlb_private:
       return "hugetlb_private";
+    case MemoryType::file_private:
+      return "file_private";
   }
   std::unreachable();
 }

@@ -9,6 +9,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <utility>
+
 #include "selftests/machine.h"
 
 namespace uffdkit::selftests {
@@ -73,17 +76,26 @@ std::vector<std::byte> contents(std::size_t page, ByteCount bytes);
 bool has_contents(Thread& thread, Address at, std::size_t page, ByteCount bytes);
 bool is_zero(Thread& thread, Address at, ByteCount bytes);
 
-// Hands the messages of `uffd` to `handle` until `work` has ended and none is left.
+// Hands the messages of `uffd` to `handle` until all `works` have ended and none is left.
 template <class Handle>
-void serve(const Uffd& uffd, const Work& work, const Handle& handle) {
+void serve(const Uffd& uffd, const std::vector<std::unique_ptr<Work>>& works, const Handle& handle) {
   constexpr int kLookAgainMs = 2;
   for (bool last = false; !last;) {
-    last = work.finished();
+    last = std::ranges::all_of(works, [](const auto& work) { return work->finished(); });
     if (!uffd.wait_readable(last ? 0 : kLookAgainMs).value()) continue;
     abi::Msg raw;
     while (uffd.read({&raw, 1}).messages == 1) handle(decode(raw));
     last = false;
   }
+}
+
+// The same of one.
+template <class Handle>
+void serve(const Uffd& uffd, std::unique_ptr<Work>& work, const Handle& handle) {
+  std::vector<std::unique_ptr<Work>> works;
+  works.push_back(std::move(work));
+  serve(uffd, works, handle);
+  work = std::move(works.front());
 }
 
 using Body = void (*)(Case&);

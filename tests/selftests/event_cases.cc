@@ -79,11 +79,11 @@ void check_events(Case& test, Protect protect) {
   const Address to = test.machine().place(area.range().length);
   ASSERT_TRUE(uffd.register_range(area.range(), armed ? kMissing | kWriteProtect : kMissing));
 
-  const auto child = test.machine().fork(
-      uffd, area.range(), [&](Thread& self) { return move_and_release(self, area, to, armed); });
+  auto child = test.machine().fork(uffd, area.range(),
+                                   [&](Thread& self) { return move_and_release(self, area, to, armed); });
   const Uffd child_uffd = test.take_child(uffd);
   Monitor monitor(child_uffd, area, protect);
-  serve(child_uffd, *child, [&](const Message& message) { std::visit(monitor, message); });
+  serve(child_uffd, child, [&](const Message& message) { std::visit(monitor, message); });
   child->join();
   EXPECT_EQ(child->result(), kAllRight);
   EXPECT_EQ(monitor.heard().missing, area.pages);

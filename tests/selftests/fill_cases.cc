@@ -54,7 +54,7 @@ KERNEL_CASE(poison, kAllTypes) {
   const Area area = test.area();
   ASSERT_TRUE(uffd.register_range(area.range(), kMissing));
   std::size_t killed = 0, zero = 0;
-  const auto reader = test.machine().start(uffd, area.range(), [&](Thread& self) {
+  auto reader = test.machine().start(uffd, area.range(), [&](Thread& self) {
     for (std::size_t page = 0; page < area.pages; ++page) {
       if (!self.read(area.at(page)))
         ++killed;
@@ -63,7 +63,7 @@ KERNEL_CASE(poison, kAllTypes) {
     }
   });
   const std::vector<std::byte> zeros(area.page_bytes.value);
-  serve(uffd, *reader, [&](const Message& message) {
+  serve(uffd, reader, [&](const Message& message) {
     const std::size_t page = area.page_of(std::get<Fault>(message).address);
     const Outcome outcome = page % 2 == 0 ? uffd.poison(area.page(page)) : uffd.copy(area.at(page), zeros);
     EXPECT_EQ(outcome.stop, Stop::complete);

@@ -108,6 +108,12 @@ class KernelThread final : public Thread {
   }
   int unmap(AddressRange range) override { return answer(munmap(pointer(range.start), range.length.value)); }
 
+  int map_over(AddressRange range) override {
+    const void* mapped = mmap(pointer(range.start), range.length.value, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+    return answer(mapped == MAP_FAILED ? -1 : 0);
+  }
+
   void pin(AddressRange page) override { pin_ = pinned(page); }
   void unpin() override { pin_.reset(); }
 
@@ -207,9 +213,7 @@ class Kernel final : public Machine {
               .page_bytes = is_huge(type) ? kPage2M.bytes() : kPage4K.bytes(),
               .start = {}};
     const std::size_t bytes = area.range().length.value;
-    UniqueFd file;
-    if (type != MemoryType::anon)
-      file = test::memory_file(bytes, is_huge(type) ? MFD_HUGETLB | MFD_HUGE_2MB : 0u);
+    const UniqueFd file = file_for(type, bytes);
     area.start = map_at(place(area.range().length), bytes, type, file.get());
     if (is_shared(type)) area.second = map_at(place(area.range().length), bytes, type, file.get());
     return area;
@@ -241,6 +245,16 @@ class Kernel final : public Machine {
   std::string mistakes() override { return {}; }
 
  private:
+  static UniqueFd file_for(MemoryType type, std::size_t bytes) {
+    if (type == MemoryType::anon) return {};
+    if (type != MemoryType::file_private)
+      return test::memory_file(bytes, is_huge(type) ? MFD_HUGETLB | MFD_HUGE_2MB : 0u);
+    UniqueFd file(open(UFFDKIT_BINARY_DIR, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
+    if (!file || ftruncate(file.get(), static_cast<off_t>(bytes)) != 0)
+      throw Lacking("needs a filesystem with O_TMPFILE at " UFFDKIT_BINARY_DIR);
+    return file;
+  }
+
   static Address map_at(Address where, std::size_t bytes, MemoryType type, int file) {
     const int sharing = is_shared(type) ? MAP_SHARED : MAP_PRIVATE;
     const int flags = sharing | MAP_FIXED | (type == MemoryType::anon ? MAP_ANONYMOUS : 0);

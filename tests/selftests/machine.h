@@ -20,8 +20,8 @@
 
 namespace uffdkit::selftests {
 
-// In the order and with the names of the kernel's tests.
-enum class MemoryType { anon, shmem, shmem_private, hugetlb, hugetlb_private };
+// In the order and with the names of the kernel's tests. file_private: of a file of a disk.
+enum class MemoryType { anon, shmem, shmem_private, hugetlb, hugetlb_private, file_private };
 using MemoryTypes = std::initializer_list<MemoryType>;
 
 inline constexpr MemoryTypes kAnonymous = {MemoryType::anon};
@@ -61,7 +61,7 @@ struct Area {
   std::size_t page_of(Address address) const { return (address - start).value / page_bytes.value; }
 };
 
-// page_out: to swap, where there is any.
+// page_out: to swap, where there is any; pages of files leave the page table at least.
 enum class Advice { dont_need, remove, dont_fork, huge_page, collapse, page_out };
 
 // A thread of the process, seen by what it does. Each call returns when it is done, which may take until
@@ -81,6 +81,7 @@ class Thread {
   virtual int remap(AddressRange from, Address to) = 0;  // MREMAP_FIXED | MREMAP_MAYMOVE
   virtual int protect(AddressRange range, bool readable, bool writable) = 0;
   virtual int unmap(AddressRange range) = 0;
+  virtual int map_over(AddressRange range) = 0;  // new anonymous memory: MAP_FIXED
 
   // Pins a page for long and for reading, as a device would. Throws Lacking where nothing can.
   virtual void pin(AddressRange page) = 0;

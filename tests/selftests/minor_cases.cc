@@ -32,9 +32,9 @@ void read_by_minor_faults(Case& test, const Uffd& uffd, const Area& area, Protec
 
   bool right = false;
   std::size_t minor = 0, missing = 0;
-  const auto reader =
+  auto reader =
       test.machine().start(uffd, area.range(), [&](Thread& self) { right = all_flipped(self, area); });
-  serve(uffd, *reader, [&](const Message& message) {
+  serve(uffd, reader, [&](const Message& message) {
     const auto& fault = std::get<Fault>(message);
     ++(fault.kind == Fault::Kind::minor ? minor : missing);
     const std::size_t page = area.page_of(fault.address);
@@ -64,10 +64,10 @@ KERNEL_CASE(minor_wp, kSharedFiles) {
   read_by_minor_faults(test, uffd, area, Protect::yes);
 
   std::size_t protect_faults = 0;
-  const auto writer = test.machine().start(uffd, area.range(), [&](Thread& self) {
+  auto writer = test.machine().start(uffd, area.range(), [&](Thread& self) {
     for (std::size_t page = 0; page < area.pages; ++page) self.write(area.at(page), std::byte{0x77});
   });
-  serve(uffd, *writer, [&](const Message& message) {
+  serve(uffd, writer, [&](const Message& message) {
     const auto& fault = std::get<Fault>(message);
     EXPECT_EQ(fault.kind, Fault::Kind::write_protect);
     EXPECT_EQ(uffd.unprotect(area.page(area.page_of(fault.address))).stop, Stop::complete);
@@ -90,9 +90,9 @@ KERNEL_CASE(minor_collapse, kShmem) {
     throw Lacking("needs MADV_COLLAPSE of files in memory, and a free transparent huge page");
   bool same = false;
   std::size_t messages = 0;
-  const auto reader =
+  auto reader =
       test.machine().start(uffd, area.range(), [&](Thread& self) { same = all_flipped(self, area); });
-  serve(uffd, *reader, [&](const Message&) {
+  serve(uffd, reader, [&](const Message&) {
     ++messages;
     EXPECT_TRUE(uffd.unregister_range(area.range()));
   });

@@ -115,7 +115,6 @@ class ModelThread final : public Thread {
   }
 
   int advise(AddressRange range, Advice advice) override {
-    if (advice == Advice::page_out) return 0;  // there is no swap
     return call([&] { thread_.advise(range, number_of(advice)); });
   }
   int remap(AddressRange from, Address to) override {
@@ -127,6 +126,9 @@ class ModelThread final : public Thread {
   }
   int unmap(AddressRange range) override {
     return call([&] { thread_.unmap(range); });
+  }
+  int map_over(AddressRange range) override {
+    return std::min(call([&] { thread_.map({.length = range.length, .fixed = range.start}); }), 0);
   }
 
   void pin(AddressRange page) override {
@@ -158,7 +160,7 @@ class ModelThread final : public Thread {
       case Advice::collapse:
         return sim::Advice::collapse;
       case Advice::page_out:
-        break;
+        return sim::Advice::page_out;
     }
     std::unreachable();
   }
@@ -229,9 +231,10 @@ class Model final : public Machine {
               .page_bytes = is_huge(type) ? kPage2M.bytes() : kPage4K.bytes(),
               .start = {}};
     const ByteCount bytes = area.range().length;
-    const sim::ObjectPtr object = type == MemoryType::anon ? nullptr
-                                  : is_huge(type)          ? kernel_.make_hugetlb(bytes)
-                                                           : kernel_.make_shmem(bytes);
+    const sim::ObjectPtr object = type == MemoryType::anon           ? nullptr
+                                  : type == MemoryType::file_private ? kernel_.make_file(bytes)
+                                  : is_huge(type)                    ? kernel_.make_hugetlb(bytes)
+                                                                     : kernel_.make_shmem(bytes);
     area.start = map_at(place(bytes), bytes, type, object);
     if (is_shared(type)) area.second = map_at(place(bytes), bytes, type, object);
     return area;
@@ -303,6 +306,7 @@ class Model final : public Machine {
                                : type == MemoryType::shmem         ? sim::Memory::shmem_shared
                                : type == MemoryType::shmem_private ? sim::Memory::shmem_private
                                : type == MemoryType::hugetlb       ? sim::Memory::hugetlb_shared
+                               : type == MemoryType::file_private  ? sim::Memory::file_private
                                                                    : sim::Memory::hugetlb_private;
     return process_.map({.memory = memory, .length = bytes, .object = object, .fixed = where}).value();
   }

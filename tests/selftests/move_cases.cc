@@ -27,12 +27,12 @@ void prepare_source(Case& test, const Area& source, ByteCount chunk) {
 std::size_t read_by_moving(Case& test, const Uffd& uffd, const Area& to, const Area& from, ByteCount step) {
   bool right = true;
   const std::size_t steps = to.range().length.value / step.value;
-  const auto reader = test.machine().start(uffd, to.range(), [&](Thread& self) {
+  auto reader = test.machine().start(uffd, to.range(), [&](Thread& self) {
     for (std::size_t i = 0; i < steps; ++i)
       right &= has_contents(self, to.start + ByteCount(i * step.value), i, step);
   });
   std::size_t faults = 0;
-  serve(uffd, *reader, [&](const Message& message) {
+  serve(uffd, reader, [&](const Message& message) {
     const auto& fault = std::get<Fault>(message);
     EXPECT_EQ(fault.kind, Fault::Kind::missing);
     const std::uint64_t offset = (fault.address - to.start).value / step.value * step.value;
