@@ -20,6 +20,7 @@ find_package(fmt REQUIRED)
 find_package(nlohmann_json REQUIRED)
 find_package(CLI11 REQUIRED)
 pkg_check_modules(SYSTEMD REQUIRED IMPORTED_TARGET libsystemd)
+pkg_check_modules(COMPRESSION REQUIRED IMPORTED_TARGET libzstd libxxhash)
 
 find_program(CCACHE ccache)
 if(CCACHE)
