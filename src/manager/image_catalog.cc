@@ -3,7 +3,6 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <linux/openat2.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -27,6 +26,13 @@ bool is_plain(std::string_view path) {
 }
 
 }  // namespace
+
+ImageCatalog::ImageCatalog(ReadRetries retries, std::vector<StoreFault> faults, ByteCount cache_bytes)
+    : retries_(retries),
+      opener_(std::make_shared<image::FrameCache>(cache_bytes),
+              [faults = std::move(faults)](std::shared_ptr<Store> file) {
+                return make_faulty_store(std::move(file), faults);
+              }) {}
 
 Result<void> ImageCatalog::add(const std::string& name, const std::string& path) {
   if (name.empty()) return Failure(Error("an image needs a name", EINVAL));
@@ -91,12 +97,10 @@ std::vector<std::shared_ptr<SharedImage>> ImageCatalog::shared_memory() const {
 }
 
 Result<std::shared_ptr<StoreLane>> ImageCatalog::share(UniqueFd file, const std::string& name) {
-  struct stat status;
-  if (::fstat(file.get(), &status) < 0) return Failure(Error::from_errno("stat " + name, errno));
-  const std::string key = fmt::format("{}:{}:{}:{}.{}", status.st_dev, status.st_ino, status.st_size,
-                                      status.st_mtim.tv_sec, status.st_mtim.tv_nsec);
+  const Result<std::string> key = image::file_key(file.get(), name);
+  if (!key) return Failure(key.error());
   const auto known = [&]() -> std::shared_ptr<StoreLane> {
-    const auto found = open_.find(key);
+    const auto found = open_.find(*key);
     return found == open_.end() ? nullptr : found->second.lock();
   };
   {
@@ -104,15 +108,14 @@ Result<std::shared_ptr<StoreLane>> ImageCatalog::share(UniqueFd file, const std:
     std::erase_if(open_, [](const auto& entry) { return entry.second.expired(); });
     if (auto lane = known()) return lane;
   }
-  Result<std::shared_ptr<Store>> store = open_file_store(file.get(), name);
-  if (!store) return Failure(std::move(store).error());
-  Result<std::shared_ptr<StoreLane>> lane =
-      StoreLane::create(make_faulty_store(std::move(*store), faults_), retries_);
+  Result<image::OpenImage> opened = opener_.open(std::move(file), name);
+  if (!opened) return Failure(std::move(opened).error());
+  Result<std::shared_ptr<StoreLane>> lane = StoreLane::create(std::move(opened->store), retries_);
   if (!lane) return lane;
   const std::lock_guard lock(open_mutex_);
   // Somebody else may have opened it meanwhile, by another name.
   if (auto others = known()) return others;
-  open_[key] = *lane;
+  open_[*key] = *lane;
   return lane;
 }
 

@@ -16,14 +16,16 @@
 
 #include "engine/shared_image.h"
 #include "engine/store_lane.h"
+#include "image/open_image.h"
 
 namespace uffdkit {
 
 class ImageCatalog {
  public:
-  // `faults` are injected into every image that is opened.
-  explicit ImageCatalog(ReadRetries retries = {}, std::vector<StoreFault> faults = {})
-      : retries_(retries), faults_(std::move(faults)) {}
+  // `faults` are injected into every file of an image that is opened. Decompressed frames of all images are
+  // kept in `cache_bytes`.
+  explicit ImageCatalog(ReadRetries retries = {}, std::vector<StoreFault> faults = {},
+                        ByteCount cache_bytes = image::kCacheBytesDefault);
 
   // `name` stands for the file at `path`. Errors: the name is empty or taken; the file cannot be opened now.
   Result<void> add(const std::string& name, const std::string& path);
@@ -40,6 +42,8 @@ class ImageCatalog {
   Result<std::shared_ptr<SharedImage>> share_memory(const std::shared_ptr<StoreLane>& image);
   // What there is of it at this moment.
   std::vector<std::shared_ptr<SharedImage>> shared_memory() const;
+  // Of decompressed frames.
+  const image::FrameCache& cache() const { return opener_.cache(); }
 
  private:
   struct Directory {
@@ -50,7 +54,7 @@ class ImageCatalog {
   Result<std::shared_ptr<StoreLane>> share(UniqueFd file, const std::string& name);
 
   const ReadRetries retries_;
-  const std::vector<StoreFault> faults_;
+  image::ImageOpener opener_;
   std::map<std::string, std::string> paths_;
   std::vector<Directory> directories_;
   // By device, inode and time of change: a file that was replaced is another image.

@@ -125,6 +125,14 @@ std::optional<FileIdentity> identity_of(int fd) {
   return FileIdentity{.device = status.st_dev, .inode = status.st_ino};
 }
 
+nlohmann::json cache_to_json(const image::FrameCache& cache) {
+  const image::FrameCache::Statistics statistics = cache.statistics();
+  return {{"bytes", statistics.bytes},   {"bytes_max", cache.bytes_max().value},
+          {"frames", statistics.frames}, {"hits", statistics.hits},
+          {"joined", statistics.joined}, {"decoded", statistics.decoded},
+          {"failed", statistics.failed}};
+}
+
 }  // namespace
 
 class Manager::Impl final : public ConnectionService, public EngineListener {
@@ -271,8 +279,8 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   std::unique_ptr<BlockingWork> work_;
   UniqueFd signals_;
   // Shared with threads that open an image still.
-  const std::shared_ptr<ImageCatalog> images_ =
-      std::make_shared<ImageCatalog>(options_.read_retries, options_.store_faults);
+  const std::shared_ptr<ImageCatalog> images_ = std::make_shared<ImageCatalog>(
+      options_.read_retries, options_.store_faults, options_.image_cache_bytes);
   std::map<std::string, Listener> listeners_;
   std::optional<ListeningSocket> control_;
   AccessRules rules_{::geteuid()};
@@ -1044,6 +1052,7 @@ nlohmann::json Manager::Impl::status() {
           {"listeners", listeners()},
           {"sessions", std::move(sessions)},
           {"shared_images", std::move(shared)},
+          {"image_cache", cache_to_json(images_->cache())},
           {"sessions_left_out", left_out},
           {"users", users()},
           {"user_limits",

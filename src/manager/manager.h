@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "engine/session.h"
+#include "image/frame_cache.h"
 #include "manager/quotas.h"
 
 namespace uffdkit {
@@ -35,6 +36,8 @@ struct ManagerOptions {
   OnError on_error = OnError::poison;         // see SessionOptions
   ReadRetries read_retries = {};              // of all images
   std::vector<StoreFault> store_faults = {};  // likewise; for tests
+  // What decompressed frames of all images may take.
+  ByteCount image_cache_bytes = image::kCacheBytesDefault;
   // By which clients' userfaultfds are used. Outlives the manager.
   SystemCalls& system = linux_system_calls();
 };

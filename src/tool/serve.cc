@@ -39,6 +39,7 @@ struct Options {
   OnError on_error = OnError::poison;
   unsigned read_retries = ReadRetries().count;
   std::vector<std::string> store_faults;
+  std::uint64_t image_cache_bytes = image::kCacheBytesDefault.value;
 };
 
 // The two sides of the first "=" of a text that is_pair() accepts.
@@ -112,7 +113,8 @@ int run(const Options& options) {
                        .user_limits = options.user_limits,
                        .on_error = options.on_error,
                        .read_retries = {.count = options.read_retries},
-                       .store_faults = std::move(*faults)});
+                       .store_faults = std::move(*faults),
+                       .image_cache_bytes = ByteCount(options.image_cache_bytes)});
   if (!manager) return report(manager.error());
   if (auto opened = open_everything(**manager, options); !opened) return report(opened.error());
   if (auto signalled = (*manager)->stop_at_signals(); !signalled) return report(signalled.error());
@@ -135,7 +137,7 @@ void add_serve(CLI::App& app, int& exit_code) {
       ->add_option(
           "--firecracker", options->firecracker,
           "SOCKET=IMAGE: clients that connect to SOCKET and hand over as Firecracker does are served from "
-          "the raw memory file IMAGE; repeatable")
+          "IMAGE, a raw memory file or one made by uffdkit image; repeatable")
       ->check(is_pair("SOCKET=IMAGE"));
   command->add_option("--listen", options->listen,
                       "SOCKET for clients of uffdkit's own protocol; repeatable");
@@ -198,6 +200,11 @@ void add_serve(CLI::App& app, int& exit_code) {
                    "How often a page that cannot be read is tried again, after 5, 20, 80 ms and so on")
       ->check(CLI::Range(0, 8))
       ->capture_default_str();
+  command
+      ->add_option("--image-cache", options->image_cache_bytes,
+                   "Bytes of memory for decompressed parts of images, of all together; K, M and G may follow")
+      ->transform(CLI::AsSizeValue(false))
+      ->default_str("256M");
   command->add_option("--store-fault", options->store_faults,
                       "KIND[,KEY=VALUE]...: for tests, has reads of images fail, lie or last; repeatable");
   command->footer(
