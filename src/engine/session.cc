@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <bitset>
 #include <cerrno>
 #include <cstring>
 #include <new>
@@ -724,38 +725,37 @@ Session::Put Session::install_part(const Segment& segment, PageRange part, std::
     if (reads_as_zero(table.get(granule)))
       std::memset(bytes_of({granule, kOneGranule}).data(), 0, granule_bytes);
 
-  // Runs of pages that are all zero, or none of them is.
   const PageCount page = granules_per_page(segment);
-  struct Run {
-    PageRange pages;
-    bool zero;
+  const auto page_at = [&](std::size_t index) {
+    return PageRange{part.first + PageCount(index * page.value), page};
   };
-  std::array<Run, kFetchGranulesMax> runs;
-  std::size_t count = 0;
-  for (PageIndex first = part.first; first < part.end(); first = first + page) {
-    const bool zero = is_zero(bytes_of({first, page}));
-    if (count > 0 && runs[count - 1].zero == zero) {
-      runs[count - 1].pages.count = runs[count - 1].pages.count + page;
-    } else {
-      runs[count++] = {.pages = {first, page}, .zero = zero};
-    }
-  }
-  const auto all = std::span(runs).first(count);
-  const auto put_run = [&](const Run& run) {
-    if (run.zero) return put(segment, run.pages, {});
-    return put(segment, run.pages, {.kind = Contents::Kind::bytes, .bytes = bytes_of(run.pages)});
+  const std::size_t pages = part.count.value / page.value;
+  std::bitset<kFetchGranulesMax> zero;
+  for (std::size_t index = 0; index < pages; ++index) zero[index] = is_zero(bytes_of(page_at(index)));
+
+  // Runs of pages that are all zero, or none of them is.
+  const auto run_end = [&](std::size_t first) {
+    std::size_t end = first + 1;
+    while (end < pages && zero[end] == zero[first]) ++end;
+    return end;
+  };
+  const auto put_run = [&](std::size_t first, std::size_t end) {
+    const PageRange run{page_at(first).first, PageCount((end - first) * page.value)};
+    if (zero[first]) return put(segment, run, {});
+    return put(segment, run, {.kind = Contents::Kind::bytes, .bytes = bytes_of(run)});
   };
 
-  const auto first = std::find_if(all.begin(), all.end(),
-                                  [&](const Run& run) { return wanted && run.pages.contains(*wanted); });
+  std::size_t wanted_first = pages;
   Put result = Put::done;
-  if (first != all.end()) {
-    result = put_run(*first);
+  if (wanted && part.contains(*wanted)) {
+    wanted_first = (*wanted - part.first).value / page.value;
+    while (wanted_first > 0 && zero[wanted_first - 1] == zero[wanted_first]) --wanted_first;
+    result = put_run(wanted_first, run_end(wanted_first));
     if (result != Put::done && result != Put::failed) return result;
   }
-  for (auto run = all.begin(); run != all.end(); ++run) {
-    if (run == first) continue;
-    const Put put = put_run(*run);
+  for (std::size_t first = 0; first < pages; first = run_end(first)) {
+    if (first == wanted_first) continue;
+    const Put put = put_run(first, run_end(first));
     if (put == Put::gone) return put;
     // What came uncalled for may be missing; a page that is wanted is put off by its own fault.
     if (put != Put::done && !wanted) result = put;
