@@ -79,7 +79,7 @@ void Actor::run(std::span<std::byte> scratch) {
     // more is cheaper than an event, which would also wake another worker if the fault is there already.
     const std::uint64_t faults_now = faults.load(std::memory_order_relaxed);
     const bool came = faults_now != faults_before;
-    if (came) last_fault_ns = now_ns();
+    if (came) last_fault_ns = turn_ns_;
     if (first_fault_ns == 0) first_fault_ns = last_fault_ns;
     const bool at_once = came && faults_now - faults_at_start < kFaultsPerRun;
     const bool may_look = first_fault_ns != 0 && last_fault_ns - first_fault_ns < kRunMaxNs;
@@ -104,6 +104,7 @@ void Actor::run(std::span<std::byte> scratch) {
 }
 
 void Actor::prepare() {
+  turn_ns_ = monotonic_ns();
   take_mail();
 }
 
@@ -113,7 +114,8 @@ void Actor::stop() {
 }
 
 void Actor::take_mail() {
-  if (mail_.exchange(false, std::memory_order_acquire)) {
+  // A look is cheaper than an exchange, and there is mail for few turns only.
+  if (mail_.load(std::memory_order_relaxed) && mail_.exchange(false, std::memory_order_acquire)) {
     std::vector<std::unique_ptr<Fetch>> returned;
     std::vector<Command> commands;
     {
@@ -124,7 +126,7 @@ void Actor::take_mail() {
     for (auto& fetch : returned) session_.fetched(std::move(fetch));
     for (Command& command : commands) commands_taken_.push_back(std::move(command));
   }
-  if (!commands_taken_.empty() && commands_at_ns_ <= monotonic_ns()) run_commands();
+  if (!commands_taken_.empty() && commands_at_ns_ <= turn_ns_) run_commands();
 }
 
 void Actor::run_commands() {
@@ -140,13 +142,15 @@ void Actor::run_commands() {
 }
 
 bool Actor::turn() {
+  turn_ns_ = monotonic_ns();
   take_mail();
   const std::uint64_t events = session_.counters().events.load(std::memory_order_relaxed);
   Session::Next next = session_.step();
   if (commands_at_ns_ != 0 && (next.wake_at_ns == 0 || commands_at_ns_ < next.wake_at_ns))
     next.wake_at_ns = commands_at_ns_;
   if (events != session_.counters().events.load(std::memory_order_relaxed)) update_shape();
-  if (timer_fired_.exchange(false, std::memory_order_relaxed)) wake_at_ns_ = 0;
+  if (timer_fired_.load(std::memory_order_relaxed) && timer_fired_.exchange(false, std::memory_order_relaxed))
+    wake_at_ns_ = 0;
   // The scheduler keeps the earliest time that it was told, so only an earlier one is news.
   if (next.wake_at_ns != 0 && (wake_at_ns_ == 0 || next.wake_at_ns < wake_at_ns_)) {
     scheduler_.schedule_at(id_, next.wake_at_ns);
@@ -206,10 +210,6 @@ SessionStatus Actor::status() const {
           .read_errors = value(counters.read_errors),
           .pending = value(counters.pending),
           .oldest_pending_ns = oldest == 0 ? 0 : monotonic_ns() - oldest};
-}
-
-std::int64_t Actor::now_ns() {
-  return monotonic_ns();
 }
 
 void Actor::start_fetch(StoreLane& lane, std::unique_ptr<Fetch> fetch) {

@@ -86,7 +86,7 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   void close_mailbox();
 
   // SessionHost
-  std::int64_t now_ns() override;
+  std::int64_t now_ns() override { return turn_ns_; }
   std::span<std::byte> scratch() override { return scratch_; }
   void start_fetch(StoreLane& lane, std::unique_ptr<Fetch> fetch) override;
   bool kill_client() override;
@@ -110,6 +110,7 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   // Owned by the runner.
   Session session_;
   std::span<std::byte> scratch_;
+  std::int64_t turn_ns_ = 0;     // when the turn began: the time for all of it
   std::int64_t wake_at_ns_ = 0;  // the time that was last asked of the scheduler
   std::deque<Command> commands_taken_;
   std::int64_t commands_at_ns_ = 0;  // when the first of them is tried again

@@ -33,9 +33,11 @@ AddressRange whole_pages(AddressRange memory) {
 
 }  // namespace
 
-const Segment* Layout::find(Address address) const {
+const Segment* Layout::search(Address address) const {
   const auto [first, last] = overlapping({address, ByteCount(1)});
-  return first < last ? &segments_[first] : nullptr;
+  if (first == last) return nullptr;
+  last_found_ = first;
+  return &segments_[first];
 }
 
 Layout::IndexRange Layout::overlapping(AddressRange memory) const {

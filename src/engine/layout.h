@@ -45,7 +45,12 @@ class Layout {
   std::span<const Segment> segments() const { return segments_; }
 
   // The segment that holds `address`; nullptr if there is none.
-  const Segment* find(Address address) const;
+  const Segment* find(Address address) const {
+    // The next fault is most often in the segment of the last one.
+    if (last_found_ < segments_.size() && segments_[last_found_].memory.contains(address))
+      return &segments_[last_found_];
+    return search(address);
+  }
 
   // The granules of regions that lie in `memory`, in address order.
   std::vector<RegionPart> parts_in(AddressRange memory) const;
@@ -65,11 +70,13 @@ class Layout {
     std::size_t first;
     std::size_t last;  // exclusive
   };
+  const Segment* search(Address address) const;
   IndexRange overlapping(AddressRange memory) const;
   // Takes what lies in `memory` out of the layout, and returns it.
   std::vector<Segment> cut(AddressRange memory);
 
   std::vector<Segment> segments_;
+  mutable std::size_t last_found_ = 0;  // may be any number
 };
 
 }  // namespace uffdkit

@@ -730,6 +730,11 @@ Session::Put Session::install_part(const Segment& segment, PageRange part, std::
     return PageRange{part.first + PageCount(index * page.value), page};
   };
   const std::size_t pages = part.count.value / page.value;
+  const auto put_pages = [&](PageRange run, bool zero) {
+    if (zero) return put(segment, run, {});
+    return put(segment, run, {.kind = Contents::Kind::bytes, .bytes = bytes_of(run)});
+  };
+  if (pages == 1) return put_pages(part, is_zero(bytes_of(part)));
   std::bitset<kFetchGranulesMax> zero;
   for (std::size_t index = 0; index < pages; ++index) zero[index] = is_zero(bytes_of(page_at(index)));
 
@@ -740,9 +745,7 @@ Session::Put Session::install_part(const Segment& segment, PageRange part, std::
     return end;
   };
   const auto put_run = [&](std::size_t first, std::size_t end) {
-    const PageRange run{page_at(first).first, PageCount((end - first) * page.value)};
-    if (zero[first]) return put(segment, run, {});
-    return put(segment, run, {.kind = Contents::Kind::bytes, .bytes = bytes_of(run)});
+    return put_pages({page_at(first).first, PageCount((end - first) * page.value)}, zero[first]);
   };
 
   std::size_t wanted_first = pages;

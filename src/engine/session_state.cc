@@ -406,9 +406,11 @@ void SessionState::publish_progress() {
 
 std::span<abi::Msg> SessionState::empty_inbox() {
   abi::Msg* slots = inbox_slots(head_);
-  // While slots are being emptied the events that are left count as applied still.
-  for (abi::Msg& slot : std::span(slots, kInboxMessages))
-    if (slot.event != 0) slot = abi::Msg{};
+  std::size_t filled = 0;
+  while (filled < kInboxMessages && slots[filled].event != 0) ++filled;
+  // From the last on: cut off here, the messages still end at the first empty slot. The events that are left
+  // count as applied still.
+  while (filled > 0) publish(slots[--filled].event, std::uint8_t{0});
   if (unapplied_ != 0) {
     unapplied_ = 0;
     publish_progress();

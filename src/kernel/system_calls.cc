@@ -26,7 +26,8 @@ class LinuxSystemCalls final : public SystemCalls {
     return result < 0 ? -errno : result;
   }
   std::ptrdiff_t read(int fd, void* buffer, std::size_t bytes) override {
-    const ssize_t result = ::read(fd, buffer, bytes);
+    // Not by read(2) of the C library: that is a cancellation point, which costs as much again as the call.
+    const long result = ::syscall(SYS_read, fd, buffer, bytes);
     return result < 0 ? -errno : result;
   }
   int poll_readable(int fd, int timeout_ms) override {
