@@ -17,6 +17,10 @@ constexpr int kTurnsMax = 4;
 constexpr std::uint64_t kFaultsPerRun = 64;
 // And the time in which they came, when it looks for more of them.
 constexpr std::int64_t kRunMaxNs = 5'000'000;
+// After so many sleeps in a row before which looking for the next fault was in vain, it is looked for before
+// every kSpinAgain-th sleep only.
+constexpr unsigned kSpinMissesMax = 8;
+constexpr unsigned kSpinAgain = 32;
 // When a command that was refused for now is tried again, and a descriptor that could not be armed.
 constexpr std::int64_t kRetryNs = 200'000;
 
@@ -51,7 +55,7 @@ void Actor::fetched(std::unique_ptr<Fetch> fetch) {
   scheduler_.schedule(id_);
 }
 
-void Actor::run(std::span<std::byte> scratch) {
+[[gnu::hot]] void Actor::run(std::span<std::byte> scratch) {
   RunState state = run_state_.load();
   do {
     // While somebody runs it, leave word; else become the one.
@@ -64,6 +68,8 @@ void Actor::run(std::span<std::byte> scratch) {
   const std::uint64_t faults_at_start = faults.load(std::memory_order_relaxed);
   std::int64_t first_fault_ns = 0;
   std::int64_t last_fault_ns = 0;
+  const bool may_spin = spin_misses_ < kSpinMissesMax || ++spins_left_out_ % kSpinAgain == 0;
+  bool spun = false;
   for (int turns = 1;; ++turns) {
     const std::uint64_t faults_before = faults.load(std::memory_order_relaxed);
     const bool more = turn();
@@ -79,14 +85,19 @@ void Actor::run(std::span<std::byte> scratch) {
     // more is cheaper than an event, which would also wake another worker if the fault is there already.
     const std::uint64_t faults_now = faults.load(std::memory_order_relaxed);
     const bool came = faults_now != faults_before;
-    if (came) last_fault_ns = turn_ns_;
+    if (came) {
+      last_fault_ns = turn_ns_;
+      if (std::exchange(spun, false)) spin_misses_ = 0;
+    }
     if (first_fault_ns == 0) first_fault_ns = last_fault_ns;
     const bool at_once = came && faults_now - faults_at_start < kFaultsPerRun;
     const bool may_look = first_fault_ns != 0 && last_fault_ns - first_fault_ns < kRunMaxNs;
-    if (!more && may_look && (at_once || scheduler_.look_again(last_fault_ns))) {
+    if (!more && may_look && (at_once || (may_spin && scheduler_.look_again(last_fault_ns)))) {
+      spun = !at_once;
       turns = 0;
       continue;
     }
+    if (std::exchange(spun, false)) ++spin_misses_;
     if (!armed_.exchange(true) && !scheduler_.arm(id_, session_.uffd().fd())) {
       // A session that is not armed hears of no fault.
       armed_.store(false);
@@ -113,7 +124,7 @@ void Actor::stop() {
   close_mailbox();
 }
 
-void Actor::take_mail() {
+[[gnu::hot]] void Actor::take_mail() {
   // A look is cheaper than an exchange, and there is mail for few turns only.
   if (mail_.load(std::memory_order_relaxed) && mail_.exchange(false, std::memory_order_acquire)) {
     std::vector<std::unique_ptr<Fetch>> returned;
@@ -141,7 +152,7 @@ void Actor::run_commands() {
   update_shape();
 }
 
-bool Actor::turn() {
+[[gnu::hot]] bool Actor::turn() {
   turn_ns_ = monotonic_ns();
   take_mail();
   const std::uint64_t events = session_.counters().events.load(std::memory_order_relaxed);

@@ -69,8 +69,9 @@ class EngineListener {
 struct EngineOptions {
   unsigned workers = 0;  // 0: one for each CPU, at least 2
   // How long a worker that has just served a fault looks for the next one before it sleeps. Saves the dear
-  // wake-up of an idle CPU while a client faults at a high rate; an idle engine never spins.
-  std::int64_t spin_ns = 0;
+  // wake-up of an idle CPU while a client faults at a high rate. Given up for sessions whose next fault comes
+  // later than that; an idle engine never spins.
+  std::int64_t spin_ns = 20'000;
   SessionOptions session = {};
 };
 

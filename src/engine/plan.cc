@@ -5,7 +5,7 @@
 namespace uffdkit {
 namespace {
 
-FaultPlan::Action action_for(const PageTable& table, PageRange page, Lost lost) {
+[[gnu::hot]] FaultPlan::Action action_for(const PageTable& table, PageRange page, Lost lost) {
   bool all_zero = true;
   for (PageIndex granule = page.first; granule < page.end(); granule = granule + PageCount(1)) {
     const PageState state = table.get(granule);
@@ -19,15 +19,15 @@ FaultPlan::Action action_for(const PageTable& table, PageRange page, Lost lost) 
 
 }  // namespace
 
-PageRange page_of(const Segment& segment, PageIndex granule) {
+[[gnu::hot]] PageRange page_of(const Segment& segment, PageIndex granule) {
   // Pages are counted from the segment's start, which is page aligned.
   const std::uint64_t per_page = kPage4K.pages(segment.page_size.bytes()).value;
   const std::uint64_t into_segment = granule.value - segment.first.value;
   return {PageIndex(segment.first.value + into_segment / per_page * per_page), PageCount(per_page)};
 }
 
-FaultPlan plan_fault(const PageTable& table, const Segment& segment, PageIndex fault, PageCount around,
-                     Lost lost) {
+[[gnu::hot]] FaultPlan plan_fault(const PageTable& table, const Segment& segment, PageIndex fault,
+                                  PageCount around, Lost lost) {
   const PageRange page = page_of(segment, fault);
   const FaultPlan::Action action = action_for(table, page, lost);
   FaultPlan plan{.action = action, .granules = page};

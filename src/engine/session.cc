@@ -12,6 +12,10 @@
 #include "base/check.h"
 #include "kernel/huge_page_pool.h"
 
+// After each answer the client runs, and this code has gone from the nearest cache when the next fault comes:
+// its size is what it costs. So the functions of a served fault are marked hot, for the linker to put them
+// side by side, and those with one caller are inlined.
+
 namespace uffdkit {
 namespace {
 
@@ -234,13 +238,13 @@ void Session::finish(SessionEnd end) {
 
 // ---- a step -----------------------------------------------------------------------------------------------
 
-Session::Next Session::step() {
+[[gnu::hot]] Session::Next Session::step() {
   bool all_read = true;
   bool all_served = true;
   bool populating = false;
   if (!end_ && check_target_at_ns_ != 0 && check_target_at_ns_ <= host_.now_ns()) check_target();
   if (!end_) all_read = drain();
-  if (!end_ && !ending_) install_returned();
+  if (!end_ && !ending_ && !returned_.empty()) install_returned();
   if (!end_ && !ending_) all_served = serve_pending();
   if (!end_ && !ending_ && detaching_) populating = populate();
   if (!end_ && ending_ && all_read) finish_ending();
@@ -265,7 +269,7 @@ Session::Next Session::step() {
   return next;
 }
 
-void Session::publish_pending() {
+[[gnu::always_inline]] inline void Session::publish_pending() {
   std::int64_t oldest = 0;
   for (const Pending& pending : pending_)
     if (oldest == 0 || pending.since_ns < oldest) oldest = pending.since_ns;
@@ -275,7 +279,7 @@ void Session::publish_pending() {
 
 // ---- messages ---------------------------------------------------------------------------------------------
 
-bool Session::drain() {
+[[gnu::hot]] bool Session::drain() {
   if (read_not_before_ns_ != 0 && host_.now_ns() < read_not_before_ns_) return true;
   read_not_before_ns_ = 0;
   // A client's call that changes a terabyte is soon done where nothing is mapped; its event costs us 128 MiB
@@ -345,7 +349,7 @@ void Session::apply_inbox(const std::function<bool(int)>& may_adopt) {
   (void)state_.empty_inbox();
 }
 
-void Session::take(const Fault& fault) {
+[[gnu::always_inline]] inline void Session::take(const Fault& fault) {
   add(counters_.faults);
   const Segment* segment = state_.layout().find(fault.address);
   const PageSize page_size = segment != nullptr ? segment->page_size : kPage4K;
@@ -413,7 +417,7 @@ void Session::apply(const ForkEvent& event) {
 
 // ---- faults -----------------------------------------------------------------------------------------------
 
-bool Session::serve_pending() {
+[[gnu::hot]] bool Session::serve_pending() {
   const std::int64_t now = pending_.empty() ? 0 : host_.now_ns();
   std::size_t served = 0;
   std::size_t kept = 0;
@@ -434,7 +438,7 @@ bool Session::serve_pending() {
   return all;
 }
 
-Session::Served Session::serve(Pending& pending) {
+[[gnu::always_inline]] inline Session::Served Session::serve(Pending& pending) {
   // What lies there may have changed since the fault was read.
   const Segment* segment = state_.layout().find(pending.page);
   const PageSize page_size = segment != nullptr ? segment->page_size : kPage4K;
@@ -460,12 +464,12 @@ Session::Served Session::serve(Pending& pending) {
 // event has been read before anybody can miss the page. What is left makes no event, and means the same: a
 // hole that is punched into a file, or what another process does to memory that both share. A client that
 // asks for no such events gets the image again, whatever it does.
-Lost Session::lost(const Segment& segment) const {
+[[gnu::always_inline]] inline Lost Session::lost(const Segment& segment) const {
   const bool is_told = uffd_.features().has(Features(abi::kFeatureEventRemove));
   return is_told && sharing_of(segment) == SharingMode::none ? Lost::zero : Lost::store;
 }
 
-Session::Served Session::serve_missing(Pending& pending) {
+[[gnu::always_inline]] inline Session::Served Session::serve_missing(Pending& pending) {
   const Segment* segment = state_.layout().find(pending.page);
   if (segment == nullptr) return serve_outside(pending, kPage4K);
   if (segment->region == kZeroRegion) return serve_outside(pending, segment->page_size);
@@ -499,8 +503,8 @@ Session::Served Session::serve_missing(Pending& pending) {
   return Served::fetching;
 }
 
-Session::Served Session::serve_read(Pending& pending, const Segment& segment, PageRange run,
-                                    PageIndex wanted) {
+[[gnu::always_inline]] inline Session::Served Session::serve_read(Pending& pending, const Segment& segment,
+                                                                  PageRange run, PageIndex wanted) {
   Store& store = *serving_[segment.region].lane->store();
   const PageCount page = granules_per_page(segment);
   const Extent extent = store.extent_at(offset_of(segment, wanted));
@@ -552,7 +556,8 @@ Session::Served Session::serve_outside(Pending& pending, PageSize page_size) {
   }
 }
 
-Session::Served Session::served_by(Put put, Pending& pending, const Segment& segment, PageIndex wanted) {
+[[gnu::hot]] Session::Served Session::served_by(Put put, Pending& pending, const Segment& segment,
+                                                PageIndex wanted) {
   switch (put) {
     case Put::done:
       return Served::done;
@@ -585,11 +590,12 @@ Session::Served Session::put_off(Pending& pending) {
 
 // ---- pages into place -------------------------------------------------------------------------------------
 
-StoreOffset Session::offset_of(const Segment& segment, PageIndex granule) const {
+[[gnu::hot]] StoreOffset Session::offset_of(const Segment& segment, PageIndex granule) const {
   return state_.regions()[segment.region].offset + kPage4K.bytes(PageCount(granule.value));
 }
 
-Outcome Session::put_once(const Segment& segment, PageRange run, const Contents& contents) const {
+[[gnu::always_inline]] inline Outcome Session::put_once(const Segment& segment, PageRange run,
+                                                        const Contents& contents) const {
   const AddressRange memory{segment.address_of(run.first), kPage4K.bytes(run.count)};
   switch (contents.kind) {
     case Contents::Kind::zeros:
@@ -622,13 +628,13 @@ bool Session::is_brought(const Segment& segment, PageRange run) {
   return true;
 }
 
-void Session::mark_brought(const Segment& segment, PageRange run) {
+[[gnu::hot]] void Session::mark_brought(const Segment& segment, PageRange run) {
   PageTable& table = state_.table(segment.region);
   for (PageIndex granule = run.first; granule < run.end(); granule = granule + kOneGranule)
     table.set(granule, reads_as_zero(table.get(granule)) ? PageState::zeroed : PageState::installed);
 }
 
-Session::Put Session::put(const Segment& segment, PageRange run, Contents contents) {
+[[gnu::hot]] Session::Put Session::put(const Segment& segment, PageRange run, Contents contents) {
   const PageCount page = granules_per_page(segment);
   std::atomic<std::uint64_t>& counter = contents.kind == Contents::Kind::zeros    ? counters_.pages_zeroed
                                         : contents.kind == Contents::Kind::shared ? counters_.pages_shared
@@ -713,8 +719,8 @@ Session::Put Session::put(const Segment& segment, PageRange run, Contents conten
   return result;
 }
 
-Session::Put Session::install_part(const Segment& segment, PageRange part, std::span<std::byte> bytes,
-                                   std::optional<PageIndex> wanted) {
+[[gnu::hot]] Session::Put Session::install_part(const Segment& segment, PageRange part,
+                                                std::span<std::byte> bytes, std::optional<PageIndex> wanted) {
   const std::size_t granule_bytes = kPage4K.bytes().value;
   const auto bytes_of = [&](PageRange run) {
     return bytes.subspan(kPage4K.bytes(run.first - part.first).value, kPage4K.bytes(run.count).value);

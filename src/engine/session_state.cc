@@ -404,7 +404,7 @@ void SessionState::publish_progress() {
 
 // ---- messages ---------------------------------------------------------------------------------------------
 
-std::span<abi::Msg> SessionState::empty_inbox() {
+[[gnu::hot]] std::span<abi::Msg> SessionState::empty_inbox() {
   abi::Msg* slots = inbox_slots(head_);
   std::size_t filled = 0;
   while (filled < kInboxMessages && slots[filled].event != 0) ++filled;

@@ -21,7 +21,7 @@ AddressRange decode_range(const abi::Msg& raw) {
 
 }  // namespace
 
-Message decode(const abi::Msg& raw) {
+[[gnu::hot]] Message decode(const abi::Msg& raw) {
   switch (raw.event) {
     case abi::kEventPagefault:
       return decode_fault(raw);

@@ -143,7 +143,8 @@ Result<void> Uffd::wake(AddressRange range) const {
   return {};
 }
 
-Outcome Uffd::copy(Address to, std::span<const std::byte> bytes, Wake wake, Protect protect) const {
+[[gnu::hot]] Outcome Uffd::copy(Address to, std::span<const std::byte> bytes, Wake wake,
+                                Protect protect) const {
   abi::CopyArgs args{
       .dst = to.value,
       .src = reinterpret_cast<std::uintptr_t>(bytes.data()),
@@ -208,7 +209,7 @@ Target Uffd::target() const {
   return stop == Stop::changing ? Target::changing : Target::steady;
 }
 
-ReadOutcome Uffd::read(std::span<abi::Msg> messages) const {
+[[gnu::hot]] ReadOutcome Uffd::read(std::span<abi::Msg> messages) const {
   const std::ptrdiff_t bytes = system_->read(fd_, messages.data(), messages.size_bytes());
   if (bytes >= 0) return {.messages = static_cast<std::size_t>(bytes) / sizeof(abi::Msg)};
   // A signal before the first message counts as none: the caller polls or reads again anyway.

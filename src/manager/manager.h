@@ -28,7 +28,7 @@ struct ManagerOptions {
   unsigned workers = 0;               // see EngineOptions
   PageCount fault_around{16};         // see SessionOptions
   PageCount shared_fault_around{64};  // likewise
-  std::int64_t spin_ns = 0;           // see EngineOptions
+  std::int64_t spin_ns = 20'000;      // see EngineOptions
   std::int64_t handshake_ms = 5'000;  // how long a client may take to say what it wants
   // How long the end waits for the memory of clients that hold no descriptor for a successor to be complete.
   std::int64_t drain_ms = 60'000;

@@ -106,7 +106,7 @@ class FileStore final : public Store, public SignalSafeStore {
   std::span<std::byte> zero_beyond_the_end(StoreOffset from, std::span<std::byte> to) const noexcept {
     const std::uint64_t in_file = file_bytes_ > from.value ? file_bytes_ - from.value : 0;
     const std::size_t wanted = std::min<std::uint64_t>(to.size(), in_file);
-    std::memset(to.data() + wanted, 0, to.size() - wanted);
+    if (wanted < to.size()) std::memset(to.data() + wanted, 0, to.size() - wanted);
     return to.first(wanted);
   }
 

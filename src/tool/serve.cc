@@ -33,7 +33,7 @@ struct Options {
   unsigned workers = 0;
   std::uint64_t fault_around = 16;
   std::uint64_t shared_fault_around = 64;
-  std::int64_t spin_us = 0;
+  std::int64_t spin_us = 20;
   double handshake_seconds = 5;
   double drain_seconds = 60;
   OnError on_error = OnError::poison;
