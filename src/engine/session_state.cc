@@ -406,7 +406,9 @@ void SessionState::publish_progress() {
 
 [[gnu::hot]] std::span<abi::Msg> SessionState::empty_inbox() {
   abi::Msg* slots = inbox_slots(head_);
-  std::size_t filled = 0;
+  // What another has written may have empty slots between.
+  std::size_t filled = inbox_is_own_ ? 0 : kInboxMessages;
+  inbox_is_own_ = true;
   while (filled < kInboxMessages && slots[filled].event != 0) ++filled;
   // From the last on: cut off here, the messages still end at the first empty slot. The events that are left
   // count as applied still.

@@ -122,6 +122,7 @@ class SessionState {
   std::uint64_t tables_end_ = 0;     // where the next table goes
   std::uint32_t active_layout_ = 0;  // which of the two lists counts
   std::size_t unapplied_ = 0;        // the first message of the inbox that has not been applied
+  bool inbox_is_own_ = false;        // nobody but this object has filled it
   std::vector<RegionRecord> regions_;
   std::vector<std::uint64_t> table_at_;  // where the region's page states lie in the file
   std::vector<StateMapping> table_memory_;
