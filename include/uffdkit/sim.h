@@ -265,6 +265,8 @@ class Process {
   // Gives up all pins of its threads (Access::pin).
   virtual void unpin() = 0;
 
+  // How many descriptors it has open; 0 when it is gone.
+  virtual std::size_t open_descriptors() const = 0;
   // SCM_RIGHTS: a descriptor of `to` for what `fd` is here. Returns it, or -EBADF, -EMFILE.
   virtual int pass_descriptor(int fd, Process& to) = 0;
   // A new process that shares this one's descriptor table but has no memory: clone(2) with CLONE_FILES.
@@ -300,6 +302,9 @@ class Kernel {
   // that event can still be read; registered areas belong to open userfaultfds of their own process; areas
   // are disjoint; every page belongs to an area.
   std::vector<std::string> violations() const;
+
+  // Pages of the pool that are neither used nor promised to a mapping.
+  std::size_t spare_huge_pages() const;
 
   // For settings that change while the machine runs.
   KernelOptions& options();

@@ -80,6 +80,7 @@ class DescriptorTable {
   int flags(int fd) const;
   int close(int fd);
   void close_on_exec();
+  std::size_t size() const { return entries_.size(); }
 
  private:
   struct Entry {

@@ -80,6 +80,10 @@ bool Kernel::run(std::size_t turns_max) {
   return false;
 }
 
+std::size_t Kernel::spare_huge_pages() const {
+  return state_->pool->spare();
+}
+
 KernelOptions& Kernel::options() {
   return state_->options;
 }

@@ -51,6 +51,7 @@ class ProcessImpl final : public Process {
   bool present(Address address) const override;
   bool write_protected(Address address) const override;
   void unpin() override;
+  std::size_t open_descriptors() const override { return descriptors_->size(); }
   int pass_descriptor(int fd, Process& to) override;
   Process& clone_with_files() override;
   void kill() override;

@@ -23,6 +23,7 @@ class HugePool {
   // Takes a page, out of a reservation or else out of what is neither used nor reserved.
   bool take(bool out_of_reservation);
   void give_back() { ++free_; }
+  std::size_t spare() const { return free_ - reserved_; }
 
  private:
   std::size_t free_;

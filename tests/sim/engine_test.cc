@@ -2,6 +2,11 @@
 // out.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <filesystem>
+#include <map>
+#include <string>
+
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -101,14 +106,34 @@ TEST_F(SimLostPagesUntold, AreTheStoresWhereNothingIsToldOfRemovals) {
   EXPECT_EQ(read(3), 7);
 }
 
+std::size_t open_descriptors() {
+  const std::filesystem::directory_iterator all("/proc/self/fd");
+  return static_cast<std::size_t>(std::distance(begin(all), end(all)));
+}
+
 TEST(SimEngine, ServesEveryByteAndLeavesNoThreadAsleepUnder300Seeds) {
   std::size_t bytes_checked = 0;
+  // What must have happened, and how often it did.
+  std::map<std::string, std::size_t> happened = {
+      {"mremap", 0},   {"has a child", 0},      {"has huge pages", 0}, {"is released", 0},
+      {"detached", 0}, {"another takes up", 0}, {"is killed", 0}};
   for (std::uint64_t seed = 1; seed <= 300; ++seed) {
     const Found found = run(seed);
     ASSERT_EQ(found.wrong, "") << "simulate --seed " << seed << " -v shows it";
     bytes_checked += found.bytes_checked;
+    for (auto& [what, times] : happened)
+      times += static_cast<std::size_t>(std::ranges::count_if(
+          found.events, [&](const std::string& event) { return event.contains(what); }));
   }
   EXPECT_GT(bytes_checked, 10'000u);
+  for (const auto& [what, times] : happened) EXPECT_GE(times, 20u) << what;
+}
+
+TEST(SimEngine, LeavesNoDescriptorOpen) {
+  run(1);
+  const std::size_t before = open_descriptors();
+  for (std::uint64_t seed = 1; seed <= 20; ++seed) run(seed);
+  EXPECT_EQ(open_descriptors(), before);
 }
 
 TEST(SimEngine, ASeedGivesTheSameRunAgain) {
@@ -126,6 +151,9 @@ TEST(SimEngine, AStaleFetchIsFoundWithin100Seeds) {
 }
 TEST(SimEngine, AShortCopyTakenForAWholeOneIsFoundWithin20Seeds) {
   EXPECT_NE(first_seed_that_finds(Bug::short_copy_taken_for_whole, 20), 0u);
+}
+TEST(SimEngine, ALeakedDescriptorIsFoundWithin20Seeds) {
+  EXPECT_NE(first_seed_that_finds(Bug::leaked_descriptor, 20), 0u);
 }
 TEST(SimEngine, ARefusedFaultThatIsForgottenIsFoundWithin20Seeds) {
   EXPECT_NE(first_seed_that_finds(Bug::refused_fault_forgotten, 20), 0u);

@@ -123,6 +123,19 @@ TEST(SimEvent, MremapWithoutTheFeatureDropsTheRegistrationSilently) {
   EXPECT_EQ(byte_of(world.read(target)), 0);
 }
 
+TEST(SimEvent, MremapThatGrowsTellsTheOldLengthOfMemoryWhoseNewPartIsRegisteredToo) {
+  World world(abi::kFeatureEventRemap);
+  const Address start = world.area(Memory::anonymous, 2, kMissingMode);
+  Thread& thread = world.process.spawn_thread();
+  const Address target = start + ByteCount(64 * kPage);
+  thread.remap({.from = pages(start, 2), .new_length = ByteCount(4 * kPage), .may_move = true, .to = target});
+  world.kernel.run();
+  const auto messages = world.messages();
+  ASSERT_EQ(messages.size(), 1u);
+  EXPECT_EQ(messages[0].arg.remap.len, 2 * kPage);
+  EXPECT_TRUE(asleep(world.read(at(target, 3))));
+}
+
 TEST(SimEvent, MovingAPageNextToItsOwnAreaWithoutTheFeatureUnregistersTheWholeArea) {
   World world;
   const Address start = world.area(Memory::anonymous, 4, kMissingMode);
@@ -182,6 +195,36 @@ TEST(SimFork, WithoutTheFeatureTheChildIsOnItsOwn) {
   world.kernel.run();
   Thread& reader = *forker.last()->child->threads().front();
   reader.access({.address = start});
+  world.kernel.run();
+  EXPECT_EQ(byte_of(reader), 0);
+}
+
+TEST(SimFork, AHoleOfAFileThatAnUnservedChildReadsIsZeroForItsParentToo) {
+  World world;
+  const Address start = world.area(Memory::shmem_private, 1, kMissingMode);
+  Thread& forker = world.process.spawn_thread();
+  forker.fork();
+  world.kernel.run();
+  Thread& reader = *forker.last()->child->threads().front();
+  reader.access({.address = start});
+  world.kernel.run();
+  EXPECT_EQ(byte_of(reader), 0);
+  EXPECT_EQ(byte_of(world.read(start)), 0);
+  EXPECT_TRUE(world.messages().empty());
+}
+
+TEST(SimFork, AnInheritedDescriptorKeepsTheParentsThreadsWaiting) {
+  World world;
+  const Address start = world.area(Memory::anonymous, 1, kMissingMode);
+  Thread& forker = world.process.spawn_thread();
+  forker.fork();
+  world.kernel.run();
+  Thread& reader = world.read(start);
+  const int fd = world.uffd.release();
+  world.process.system_calls().close(fd);
+  world.kernel.run();
+  EXPECT_TRUE(asleep(reader));
+  forker.last()->child->system_calls().close(fd);
   world.kernel.run();
   EXPECT_EQ(byte_of(reader), 0);
 }

@@ -21,12 +21,19 @@
 namespace uffdkit::simulate {
 namespace {
 
-constexpr std::uint64_t kImagePages = 512;
+constexpr std::uint64_t kHugePages = kPage2M.bytes().value / kPage;  // small ones of a huge one
+constexpr std::uint64_t kImagePages = 3 * kHugePages;
 constexpr std::uint64_t kRegionPages = 48;
+constexpr std::uint64_t kHugeRegionPages = 2 * kHugePages;
+constexpr std::size_t kClientsMax = 8;  // with their children
 constexpr int kThreads = 3;
 constexpr int kSteps = 600;
 constexpr int kStepsToRest = 50'000;
-constexpr std::uint64_t kFeatures = abi::kFeatureEventRemove | abi::kFeatureEventUnmap;
+constexpr std::uint64_t kFeatures =
+    abi::kFeatureEventRemove | abi::kFeatureEventUnmap | abi::kFeatureEventRemap | abi::kFeatureEventFork;
+// Where clients move memory to: each time to a place of its own.
+constexpr std::uint64_t kFirstFreePlace = 0x300000000000;
+constexpr std::uint64_t kPlaceBytes = 64 * kPage;
 
 // Thrown out of a system call: the manager is killed there.
 struct Killed {};
@@ -67,7 +74,7 @@ class ManagerCalls final : public SystemCalls {
   int poll_readable(int fd, int timeout_ms) override { return calls_.poll_readable(fd, timeout_ms); }
   int get_flags(int fd) override { return calls_.get_flags(fd); }
   int duplicate(int fd) override { return calls_.duplicate(fd); }
-  int close(int fd) override { return calls_.close(fd); }
+  int close(int fd) override;
   // Messages that a planted bug holds back.
   bool holds(int fd) const { return held_.contains(fd); }
 
@@ -84,11 +91,14 @@ class ManagerCalls final : public SystemCalls {
 // A client, and the session that serves it.
 struct Client final : SessionHost {
   struct Doing {
-    enum class Kind : std::uint8_t { nothing, access, advise, unmap };
+    enum class Kind : std::uint8_t { nothing, access, fork, advise, unmap, remap };
     Kind kind = Kind::nothing;
     sim::Access access{};
     AddressRange range{};
+    sim::Remap remap{};
     bool begun = false;
+    std::optional<ExpectedMemory> of_child = {};  // of fork
+    bool unserved = false;  // of fork: who read of it was killed, and nobody has the child's userfaultfd
   };
   struct Worker {
     sim::Thread* thread;
@@ -105,19 +115,26 @@ struct Client final : SessionHost {
     process.kill();
     return true;
   }
-  void forked(std::unique_ptr<ForkedSession>) override {}
+  void forked(std::unique_ptr<ForkedSession> born) override { newborn = std::move(born); }
   void page_failed(const Error&) override {}
   void detach_failed(const Error&) override {}
   void warn(const std::string&) override {}
 
   World& world;
   sim::Process& process;
-  std::optional<Uffd> kept;  // the client's own descriptor, by which a successor takes up
+  // The client's own descriptor, by which a successor takes up. A child of fork has none.
+  std::optional<Uffd> kept;
   std::vector<Worker> workers;
   ExpectedMemory memory;
   std::unique_ptr<Session> session;
   Session::Next next{.again = true};
   bool shares = false;  // its memory, with another client
+  bool huge = false;    // hugetlbfs
+  bool grows = false;   // it has no file, beyond whose end there would be nothing
+  // Between a fork and what the manager makes of it: the parent has the child's session, or the child knows
+  // that one will come.
+  std::unique_ptr<ForkedSession> newborn;
+  Client* awaits_session_of = nullptr;
   bool mail = false;
   bool was_alive = true;
   std::vector<std::unique_ptr<Fetch>> reading;
@@ -132,7 +149,8 @@ class World {
     new_manager();
     const std::uint64_t count = draw(3);
     for (std::uint64_t i = 0; i < count; ++i) add_client(nullptr, draw(kImagePages - kRegionPages));
-    if (count > 0 && one_in(2)) return;
+    if (one_in(6)) add_client(nullptr, draw(kImagePages - kHugeRegionPages), sim::Memory::hugetlb_private);
+    if (!clients_.empty() && one_in(2)) return;
     // Two that share their memory: what is put there for one is there for the other, whose threads nobody
     // wakes by that.
     const sim::ObjectPtr object = kernel_.make_shmem(ByteCount(kRegionPages * kPage));
@@ -147,6 +165,7 @@ class World {
     }
     come_to_rest();
     look_at_everything();
+    end_everything();
     return {.wrong = wrong_, .events = std::move(events_), .bytes_checked = bytes_checked_};
   }
 
@@ -174,22 +193,28 @@ class World {
     calls_ = std::make_unique<ManagerCalls>(*this, *manager_);
   }
 
-  void add_client(const sim::ObjectPtr& shared, std::uint64_t first) {
+  void add_client(const sim::ObjectPtr& shared, std::uint64_t first,
+                  std::optional<sim::Memory> memory = std::nullopt) {
     sim::Process& process = kernel_.spawn();
     auto client = std::make_unique<Client>(*this, process);
     client->kept = Uffd::create({.required = Features(kFeatures)}, process.system_calls()).value();
     client->shares = shared != nullptr;
-    const sim::Memory kind = shared      ? sim::Memory::shmem_shared
+    client->huge = memory.has_value();
+    const sim::Memory kind = memory      ? *memory
+                             : shared    ? sim::Memory::shmem_shared
                              : one_in(2) ? sim::Memory::anonymous
                                          : sim::Memory::shmem_private;
-    const ByteCount length(kRegionPages * kPage);
+    client->grows = kind == sim::Memory::anonymous;
+    if (client->huge) note(fmt::format("process {} has huge pages", process.pid()));
+    const ByteCount length((client->huge ? kHugeRegionPages : kRegionPages) * kPage);
     const AddressRange range{process.map({.memory = kind, .length = length, .object = shared}).value(),
                              length};
     client->kept->register_range(range, kMissing).value();
     client->memory.add(range, first);
     for (int i = 0; i < kThreads; ++i) client->workers.push_back({.thread = &process.spawn_thread()});
     serve(*client, SessionState::create("image").value());
-    client->session->add_region(range, StoreOffset(first * kPage), kPage4K, lane_).value();
+    client->session->add_region(range, StoreOffset(first * kPage), client->huge ? kPage2M : kPage4K, lane_)
+        .value();
     clients_.push_back(std::move(client));
   }
 
@@ -198,8 +223,11 @@ class World {
     const int fd = client.process.pass_descriptor(client.kept->fd(), *manager_);
     std::vector<std::shared_ptr<StoreLane>> lanes;
     for (const RegionRecord& region : state.regions()) lanes.push_back(region.live ? lane_ : nullptr);
+    serve(client, Uffd::receive(fd, *calls_).value(), std::move(state), std::move(lanes));
+  }
+  void serve(Client& client, Uffd uffd, SessionState state, std::vector<std::shared_ptr<StoreLane>> lanes) {
     client.session = std::make_unique<Session>(
-        Uffd::receive(fd, *calls_).value(), std::move(state), std::move(lanes),
+        std::move(uffd), std::move(state), std::move(lanes),
         SessionOptions{.fault_around = PageCount(std::uint64_t{1} << draw(5))}, client);
     client.next = {.again = true};
   }
@@ -221,6 +249,7 @@ class World {
         break;
       case 4:
         if (one_in(100)) kill(client);
+        if (one_in(60)) end_session(client);
         break;
       case 5:
       case 6:
@@ -250,7 +279,7 @@ class World {
     const Address address(page->first);
     Client::Doing doing{};
     // Of what clients share, one session would not hear what the other's client changes.
-    const std::uint64_t what = client.shares ? 8 + draw(25) : draw(40);
+    const std::uint64_t what = client.shares ? 8 + draw(25) : client.huge ? draw(37) : draw(44);
     if (what < 33) {
       doing = {.kind = Client::Doing::Kind::access,
                .access = {.address = address + ByteCount(draw(kPage)),
@@ -258,22 +287,80 @@ class World {
                           .kernel_mode = one_in(6),
                           .value = static_cast<std::byte>(draw(256))}};
       worker.thread->access(doing.access);
+    } else if (what == 33) {
+      if (!may_fork(client)) return;
+      doing.kind = Client::Doing::Kind::fork;
+      worker.thread->fork();
     } else {
-      doing.range = {address, ByteCount((1 + draw(6)) * kPage)};
+      doing.range = client.huge ? AddressRange{Address(kPage2M.round_down(address.value)), kPage2M.bytes()}
+                                : AddressRange{address, ByteCount((1 + draw(6)) * kPage)};
       // Threads of one process that change the same memory at once get what they get.
       for (const Client::Worker& other : client.workers)
-        if (other.doing.kind > Client::Doing::Kind::access && other.doing.range.overlaps(doing.range)) return;
-      doing.kind = what == 39 ? Client::Doing::Kind::unmap : Client::Doing::Kind::advise;
-      if (what == 39) {
-        worker.thread->unmap(doing.range);
-      } else {
+        if (other.doing.kind > Client::Doing::Kind::fork && other.doing.range.overlaps(doing.range)) return;
+      if (what < 39) {
+        doing.kind = Client::Doing::Kind::advise;
         client.memory.begin_leaving(doing.range);
         worker.thread->advise(doing.range, sim::Advice::dont_need);
+      } else if (what == 39) {
+        doing.kind = Client::Doing::Kind::unmap;
+        worker.thread->unmap(doing.range);
+      } else {
+        doing.kind = Client::Doing::Kind::remap;
+        doing.range.length = ByteCount(mapped_pages(client, doing.range) * kPage);
+        doing.remap = {.from = doing.range,
+                       .new_length = one_in(2) ? doing.range.length : ByteCount((1 + draw(8)) * kPage),
+                       .may_move = true,
+                       .to = Address(next_place_)};
+        if (!client.grows) doing.remap.new_length = std::min(doing.remap.new_length, doing.range.length);
+        doing.remap.dont_unmap = doing.remap.new_length == doing.range.length && one_in(4);
+        next_place_ += kPlaceBytes;
+        worker.thread->remap(doing.remap);
       }
     }
-    note(fmt::format("thread {}: {} {:#x}+{:#x}", worker.thread->tid(), static_cast<int>(doing.kind),
-                     address.value, doing.range.length.value));
+    constexpr std::array kNames = {"nothing", "access", "fork", "madvise", "munmap", "mremap"};
+    note(fmt::format("process {}, thread {}: {} {:#x}+{:#x}{}", client.process.pid(), worker.thread->tid(),
+                     kNames[static_cast<std::size_t>(doing.kind)], address.value, doing.range.length.value,
+                     doing.remap.to ? fmt::format(" to {:#x}", doing.remap.to->value) : ""));
     worker.doing = doing;
+  }
+
+  // One at a time, so that it is known whose child a session is of.
+  bool may_fork(const Client& client) const {
+    // A private mapping of a file shares the file with the child: once nobody serves that one, the zeros that
+    // it reads are there for its parent too.
+    if (!client.grows && !client.huge) return false;
+    if (clients_.size() >= kClientsMax || client.newborn) return false;
+    for (const auto& other : clients_)
+      if (other->awaits_session_of == &client) return false;
+    return std::ranges::none_of(client.workers, [](const Client::Worker& worker) {
+      return worker.doing.kind == Client::Doing::Kind::fork;
+    });
+  }
+
+  // How many pages of a range lie side by side from its start.
+  static std::uint64_t mapped_pages(Client& client, AddressRange range) {
+    std::uint64_t pages = 0;
+    while (pages * kPage < range.length.value &&
+           client.memory.find(range.start + ByteCount(pages * kPage)) != nullptr)
+      ++pages;
+    return pages;
+  }
+
+  // The manager completes the client's memory, or the client wants no more of it.
+  void end_session(Client& client) {
+    if (!client.session) return;
+    // What one of those that share their memory gives up is zero for the other too.
+    if (!client.shares && one_in(3)) {
+      note(fmt::format("process {} is released", client.process.pid()));
+      client.memory.release();
+      act_on(client, [&] { client.session->release(); });
+    } else {
+      note(fmt::format("process {} is to be completed", client.process.pid()));
+      act_on(client, [&] {
+        client.session->begin_detach(one_in(2) ? Unreadable::keep_serving : Unreadable::poison);
+      });
+    }
+    client.mail = true;
   }
 
   bool is_readable(const Client& client) {
@@ -281,24 +368,86 @@ class World {
     return calls_->holds(fd) || manager_->system_calls().poll_readable(fd, 0) != 0;
   }
   bool is_due(const Client& client) {
-    if (!client.session || client.session->end()) return false;
+    if (!client.session) return false;
     return client.next.again || client.mail || client.process.alive() != client.was_alive ||
            (client.next.wake_at_ns != 0 && client.next.wake_at_ns <= now_ns_) || is_readable(client);
   }
 
-  void step(Client& client) {
+  // Something that the manager does, which may be killed in it.
+  template <class Do>
+  void act_on(Client& client, const Do& act) {
     try {
-      client.mail = false;
-      if (client.process.alive() != client.was_alive) client.session->check_target();
-      client.was_alive = client.process.alive();
-      client.next = client.session->step();
+      act();
+      if (client.session && client.session->end()) {
+        constexpr std::array kNames = {"gone", "detached", "released", "abandoned", "failed"};
+        note(fmt::format("the session of process {} has ended: {}", client.process.pid(),
+                         kNames[static_cast<std::size_t>(*client.session->end())]));
+        client.session.reset();
+        // Nothing is registered any more when the client has closed its own descriptor, too: what it has
+        // added by mremap(2) is known to nobody else.
+        client.kept.reset();
+        client.reading.clear();
+        client.next = {};
+      }
+      welcome();
+      take_newborn(client);
     } catch (const Killed&) {
       succeed();
     }
   }
 
+  void step(Client& client) {
+    act_on(client, [&] {
+      client.mail = false;
+      if (client.process.alive() != client.was_alive) client.session->check_target();
+      client.was_alive = client.process.alive();
+      client.next = client.session->step();
+    });
+  }
+
+  // The child of a fork is there, and so is its session: they come in either order.
+  void take_newborn(Client& parent) {
+    if (!parent.newborn) return;
+    for (const auto& child : clients_) {
+      if (child->awaits_session_of != &parent) continue;
+      child->awaits_session_of = nullptr;
+      const std::unique_ptr<ForkedSession> born = std::move(parent.newborn);
+      serve(*child, std::move(born->uffd), std::move(born->state), std::move(born->lanes));
+      return;
+    }
+    // A parent that died before it returned from fork has no child.
+    if (!parent.process.alive()) parent.newborn.reset();
+  }
+
+  void add_child(Client& parent, sim::Process& process, const Client::Doing& fork) {
+    auto child = std::make_unique<Client>(*this, process);
+    child->next = {};
+    child->huge = parent.huge;
+    child->grows = parent.grows;
+    // Its copy of the parent's descriptor would keep the parent waiting if everybody else had closed theirs.
+    for (int fd = 0; process.open_descriptors() > 0; ++fd) process.system_calls().close(fd);
+    child->memory = *fork.of_child;
+    child->workers.push_back({.thread = process.threads().front()});
+    while (child->workers.size() < kThreads) child->workers.push_back({.thread = &process.spawn_thread()});
+    note(fmt::format("process {} has a child, {}", parent.process.pid(), process.pid()));
+    if ((parent.session || parent.newborn) && !fork.unserved)
+      child->awaits_session_of = &parent;
+    else
+      child->memory.release();
+    newcomers_.push_back(std::move(child));
+  }
+
+  // Clients that were born during a turn join the others when nobody goes through those.
+  void welcome() {
+    for (auto& child : std::exchange(newcomers_, {})) {
+      Client* parent = child->awaits_session_of;
+      clients_.push_back(std::move(child));
+      if (parent != nullptr) take_newborn(*parent);
+    }
+  }
+
   void give_back_a_fetch(Client& client) {
-    if (!client.session || client.session->end()) client.reading.clear();
+    if (!client.session) client.reading.clear();
     if (client.reading.empty()) return;
     const auto chosen = client.reading.begin() + static_cast<std::ptrdiff_t>(draw(client.reading.size()));
     std::unique_ptr<Fetch> fetch = std::move(*chosen);
@@ -324,10 +473,18 @@ class World {
     note("the manager is killed, and another takes up");
     calls_to_live_ = 0;
     std::vector<std::pair<Client*, UniqueFd>> left;
+    welcome();
     for (const auto& client : clients_) {
-      if (client->session && !client->session->end())
+      // A child's userfaultfd dies with the manager: nobody else has a descriptor of it.
+      const bool is_left = client->session && client->kept;
+      if (is_left)
         left.emplace_back(client.get(), UniqueFd(::fcntl(client->session->state().fd(), F_DUPFD_CLOEXEC, 0)));
+      if ((client->session && !is_left) || client->awaits_session_of != nullptr) client->memory.release();
+      for (Client::Worker& worker : client->workers)
+        worker.doing.unserved |= worker.thread->state() == sim::Thread::State::runnable && worker.doing.begun;
       client->session.reset();
+      client->newborn.reset();
+      client->awaits_session_of = nullptr;
       client->reading.clear();
     }
     manager_->kill();
@@ -335,6 +492,7 @@ class World {
     for (auto& [client, file] : left) {
       if (!client->process.alive()) continue;
       serve(*client, SessionState::open(std::move(file)).value());
+      client->session->apply_inbox([](int) { return false; });
       client->session->wake_all();
     }
   }
@@ -346,6 +504,8 @@ class World {
     if (!kernel_.step()) return false;
     for (const auto& client : clients_)
       for (Client::Worker& worker : client->workers) look_at(*client, worker);
+    for (const auto& client : newcomers_)
+      for (Client::Worker& worker : client->workers) look_at(*client, worker);
     return true;
   }
 
@@ -353,16 +513,28 @@ class World {
     Client::Doing& doing = worker.doing;
     const sim::Thread::State state = worker.thread->state();
     if (doing.kind == Client::Doing::Kind::nothing || state == sim::Thread::State::dead) return;
-    if (state != sim::Thread::State::runnable && !std::exchange(doing.begun, true) &&
-        doing.kind == Client::Doing::Kind::unmap)
-      client.memory.forget(doing.range);
+    if (state != sim::Thread::State::runnable && !std::exchange(doing.begun, true)) begun(client, worker);
     if (state != sim::Thread::State::idle) return;
     const sim::Completion ended = worker.thread->last().value();
     const Client::Doing done = std::exchange(doing, {});
     if (done.kind == Client::Doing::Kind::advise)
       client.memory.end_leaving(done.range, ended.result == 0);
+    else if (done.kind == Client::Doing::Kind::fork)
+      add_child(client, *ended.child, done);
     else if (done.kind == Client::Doing::Kind::access)
       look_at_access(client, done.access, ended);
+  }
+
+  // The first turn of what it does, in which the deed is done that others see.
+  void begun(Client& client, Client::Worker& worker) {
+    Client::Doing& doing = worker.doing;
+    if (doing.kind == Client::Doing::Kind::unmap) client.memory.forget(doing.range);
+    if (doing.kind == Client::Doing::Kind::fork) doing.of_child = client.memory.child();
+    if (doing.kind != Client::Doing::Kind::remap) return;
+    const bool failed =
+        worker.thread->state() == sim::Thread::State::idle && worker.thread->last().value().result < 0;
+    if (failed) return;
+    client.memory.move(doing.remap.from, *doing.remap.to, doing.remap.new_length, doing.remap.dont_unmap);
   }
 
   void look_at_access(Client& client, const sim::Access& access, const sim::Completion& ended) {
@@ -385,8 +557,10 @@ class World {
 
   void check() {
     for (const std::string& text : kernel_.violations()) fail(text);
+    welcome();
+    check_descriptors();
     for (const auto& client : clients_) {
-      if (!client->process.alive()) continue;
+      if (!client->process.alive() || client->awaits_session_of != nullptr) continue;
       for (const Client::Worker& worker : client->workers) {
         const sim::Thread::State state = worker.thread->state();
         const bool asleep =
@@ -398,13 +572,26 @@ class World {
     }
   }
 
+  // The manager has one descriptor of each userfaultfd that it serves, and no other.
+  void check_descriptors() {
+    std::size_t served = 0;
+    for (const auto& client : clients_)
+      served += std::size_t{client->session != nullptr} + std::size_t{client->newborn != nullptr};
+    if (manager_->open_descriptors() != served)
+      fail(fmt::format("the manager has {} descriptors, and serves {} userfaultfds",
+                       manager_->open_descriptors(), served));
+  }
+
   // Nothing new is begun; all that is under way comes to its end.
   void come_to_rest() {
     at_rest_ = true;
     calls_to_live_ = 0;
     for (int steps = 0; steps < kStepsToRest && wrong_.empty(); ++steps) {
       bool moved = turn();
-      for (const auto& client : clients_) {
+      welcome();
+      // By number: clients are born meanwhile.
+      for (std::size_t i = 0; i < clients_.size(); ++i) {
+        Client* client = clients_[i].get();
         if (!client->reading.empty()) {
           give_back_a_fetch(*client);
           moved = true;
@@ -418,7 +605,7 @@ class World {
       if (moved) continue;
       std::int64_t soonest = 0;
       for (const auto& client : clients_)
-        if (client->session && !client->session->end() && client->next.wake_at_ns > now_ns_ &&
+        if (client->session && client->next.wake_at_ns > now_ns_ &&
             (soonest == 0 || client->next.wake_at_ns < soonest))
           soonest = client->next.wake_at_ns;
       if (soonest == 0) return;
@@ -431,7 +618,9 @@ class World {
     for (const auto& client : clients_) {
       if (!client->process.alive()) continue;
       std::vector<Address> addresses;
-      for (const auto& [address, page] : client->memory.pages()) addresses.emplace_back(address);
+      std::size_t seen = 0;
+      for (const auto& [address, page] : client->memory.pages())
+        if (!client->huge || seen++ % 61 == 0) addresses.emplace_back(address);
       Client::Worker& worker = client->workers.front();
       for (const Address address : addresses) {
         if (!wrong_.empty() || worker.thread->state() != sim::Thread::State::idle) break;
@@ -442,6 +631,27 @@ class World {
     }
   }
 
+  // When all processes have ended, nothing of them is left.
+  void end_everything() {
+    for (const auto& client : clients_) client->process.kill();
+    for (int steps = 0; steps < kStepsToRest && wrong_.empty(); ++steps) {
+      const auto served =
+          std::ranges::find_if(clients_, [](const auto& client) { return !!client->session; });
+      if (served == clients_.end()) break;
+      Client& client = **served;
+      if (!is_due(client)) {
+        if (client.next.wake_at_ns == 0 && client.reading.empty())
+          return fail(fmt::format("the session of process {} outlives it", client.process.pid()));
+        now_ns_ = std::max(now_ns_, client.next.wake_at_ns);
+      }
+      give_back_a_fetch(client);
+      if (client.session) step(client);
+    }
+    check_descriptors();
+    if (wrong_.empty() && kernel_.spare_huge_pages() != sim::KernelOptions{}.huge_pages)
+      fail(fmt::format("{} huge pages are spare in the end", kernel_.spare_huge_pages()));
+  }
+
   std::mt19937_64 random_;
   sim::Kernel kernel_;
   std::shared_ptr<SeededStore> store_;
@@ -449,6 +659,8 @@ class World {
   sim::Process* manager_ = nullptr;
   std::unique_ptr<ManagerCalls> calls_;
   std::vector<std::unique_ptr<Client>> clients_;
+  std::vector<std::unique_ptr<Client>> newcomers_;  // born in this turn
+  std::uint64_t next_place_ = kFirstFreePlace;
   std::int64_t now_ns_ = 1;
   int calls_to_live_ = 0;
   bool at_rest_ = false;
@@ -477,7 +689,7 @@ int ManagerCalls::copy(int fd, std::uintptr_t argument) {
   abi::CopyArgs args;
   std::memcpy(&args, reinterpret_cast<const void*>(argument), sizeof args);
   const std::uint64_t asked = args.len;
-  const bool cut = asked > kPage && world_.one_in(8);
+  const bool cut = asked > kPage && asked % kPage2M.bytes().value != 0 && world_.one_in(8);
   if (cut) args.len = (1 + world_.draw(asked / kPage - 1)) * kPage;
   int result = calls_.ioctl(fd, abi::kIoctlCopy, reinterpret_cast<std::uintptr_t>(&args));
   if (cut && result == 0) result = -EAGAIN;
@@ -501,9 +713,18 @@ int ManagerCalls::ioctl(int fd, unsigned long request, std::uintptr_t argument) 
   return result;
 }
 
+int ManagerCalls::close(int fd) {
+  if (world_.bug == Bug::leaked_descriptor && world_.one_in(4)) return 0;
+  return calls_.close(fd);
+}
+
 std::ptrdiff_t ManagerCalls::read(int fd, void* buffer, std::size_t bytes) {
   world_.between_calls();
-  if (world_.bug != Bug::fault_before_older_remove) return calls_.read(fd, buffer, bytes);
+  if (world_.bug != Bug::fault_before_older_remove) {
+    const std::ptrdiff_t got = calls_.read(fd, buffer, bytes);
+    world_.between_calls();
+    return got;
+  }
   // Removes are handed over by the read after the next.
   auto* messages = static_cast<abi::Msg*>(buffer);
   const std::vector<abi::Msg> late = std::exchange(held_[fd], {});

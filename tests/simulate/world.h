@@ -1,5 +1,6 @@
 // The engine's sessions on the model of userfaultfd, under a seed: simulated client processes whose threads
-// read, write, madvise and munmap; a store that answers when the seed says so; a clock that only
+// read, write, madvise, munmap, mremap and fork, on small pages and on huge ones; sessions that are to be
+// completed or given up; a store that answers when the seed says so; a clock that only
 // the seed moves; clients that are killed, and a manager that is killed between any two system calls of its
 // and followed by another.
 //
@@ -23,6 +24,7 @@ enum class Bug : std::uint8_t {
   stale_fetch,                 // what was read before a remove is installed after it
   short_copy_taken_for_whole,  // a COPY that stopped half-way counts as done
   refused_fault_forgotten,     // a fill that was refused because memory is changing counts as done
+  leaked_descriptor,           // a userfaultfd is not closed
 };
 
 struct Found {
