@@ -48,6 +48,11 @@ constexpr std::int64_t kNoDescriptorRetryNs = 100'000'000;
 
 constexpr PageCount kOneGranule{1};
 
+// All that a 64-bit process may have mapped, and a 32-bit one, for which the kernel refuses the first.
+constexpr Address kLowest(1u << 20);
+constexpr AddressRange kAllAddresses{kLowest, Address(0x7fffffff0000) - kLowest};
+constexpr AddressRange kAllAddresses32{kLowest, Address(0xbfff0000) - kLowest};
+
 alignas(4096) constinit std::array<std::byte, 2u << 20> zero_huge_page{};
 
 bool is_zero(std::span<const std::byte> bytes) {
@@ -145,10 +150,7 @@ void Session::wake_all() {
   // Threads wait outside of all segments, too: in memory that mremap(2) has added. No list has where that is,
   // so all addresses of a 64-bit process are woken, or, where the kernel says that there are none, of a
   // 32-bit one.
-  constexpr Address kStart(1u << 20);
-  constexpr AddressRange kAll64{kStart, Address(0x7fffffff0000) - kStart};
-  constexpr AddressRange kAll32{kStart, Address(0xbfff0000) - kStart};
-  if (!uffd_.wake(kAll64)) wake(kAll32);
+  if (!uffd_.wake(kAllAddresses)) wake(kAllAddresses32);
 }
 
 void Session::begin_detach(Unreadable unreadable) {
@@ -181,10 +183,63 @@ void Session::check_target() {
   watch_target();
 }
 
-void Session::unregister_all() {
+// mremap(2) can make a mapping longer, and tells nobody; the new part is registered like the rest. Whether
+// one mapping covers a range is what UFFDIO_CONTINUE looks for first; where it does, nothing is mapped but
+// what is in the page cache already.
+std::optional<AddressRange> Session::mapping_of(AddressRange pages, PageSize page_size) const {
+  const auto covers = [&](Address start, Address end) -> std::optional<bool> {
+    const Outcome outcome = uffd_.resume({start, end - start}, Wake::no);
+    if (outcome.stop == Stop::changing) return std::nullopt;
+    return outcome.stop != Stop::not_ready && outcome.stop != Stop::gone;
+  };
+  // No mapping is as long as this; what says otherwise has no such call (before 5.13), or is a 32-bit
+  // process.
+  const Stop asked = uffd_.resume(kAllAddresses, Wake::no).stop;
+  if (asked == Stop::changing) return std::nullopt;
+  if (asked != Stop::not_ready) return pages;
+  AddressRange mapping = pages;
+  const Address last(pages.end().value - page_size.bytes().value);
+  const auto grows_by = [&](std::uint64_t step) -> std::optional<bool> {
+    if (step > (kStateAddressEnd - mapping.end()).value) return false;
+    const std::optional<bool> covered = covers(last, mapping.end() + ByteCount(step));
+    if (covered == true) mapping.length = mapping.length + ByteCount(step);
+    return covered;
+  };
+  std::uint64_t step = page_size.bytes().value;
+  while (true) {
+    const std::optional<bool> grows = grows_by(step);
+    if (!grows) return std::nullopt;
+    if (!*grows) break;
+    step *= 2;
+  }
+  for (step /= 2; step >= page_size.bytes().value; step /= 2)
+    if (!grows_by(step)) return std::nullopt;
+  return mapping;
+}
+
+void Session::unregister_with_growth(AddressRange memory, PageSize page_size) {
+  const std::optional<AddressRange> mapping = mapping_of(memory, page_size);
   // A piece may be unmapped already, and the whole process may be gone: either way nothing is left to
   // unregister.
-  for (const Segment& segment : state_.layout().segments()) (void)uffd_.unregister_range(segment.memory);
+  if (mapping) return (void)uffd_.unregister_range(*mapping);
+  const ByteCount rest = memory.length - page_size.bytes();
+  if (rest.value > 0) (void)uffd_.unregister_range({memory.start, rest});
+  ends_.push_back({{memory.start + rest, page_size.bytes()}, page_size});
+}
+
+void Session::unregister_all() {
+  const std::span<const Segment> segments = state_.layout().segments();
+  for (std::size_t i = 0; i < segments.size(); ++i) {
+    const AddressRange memory = segments[i].memory;
+    if (i + 1 < segments.size() && segments[i + 1].memory.start == memory.end())
+      (void)uffd_.unregister_range(memory);
+    else
+      unregister_with_growth(memory, segments[i].page_size);
+  }
+  // Threads wait outside of all segments, too (see wake_all()).
+  for (const Pending& pending : pending_)
+    if (state_.layout().find(pending.page) == nullptr)
+      unregister_with_growth({pending.page, kPage4K.bytes()}, kPage4K);
 }
 
 void Session::begin_end(SessionEnd end) {
@@ -192,10 +247,6 @@ void Session::begin_end(SessionEnd end) {
   ending_ = end;
   ending_since_ns_ = host_.now_ns();
   unregister_all();
-  // Threads wait outside of all segments, too (see wake_all()).
-  for (const Pending& pending : pending_)
-    if (state_.layout().find(pending.page) == nullptr)
-      (void)uffd_.unregister_range({pending.page, kPage4K.bytes()});
   pending_.clear();
 }
 
@@ -204,6 +255,9 @@ void Session::finish_ending() {
   // A thread may have begun to change its memory before that was unregistered: its event is still to be read,
   // or the thread would sleep until the last descriptor is closed.
   if (is_changing() && host_.now_ns() - ending_since_ns_ < kEndingMaxNs) return;
+  for (const auto& [memory, page_size] : std::exchange(ends_, {})) unregister_with_growth(memory, page_size);
+  if (!ends_.empty() && host_.now_ns() - ending_since_ns_ < kEndingMaxNs) return;
+  for (const auto& [memory, page_size] : std::exchange(ends_, {})) (void)uffd_.unregister_range(memory);
   finish(*ending_);
 }
 

@@ -298,6 +298,11 @@ class Session {
   bool populated(Put put, const Segment& segment, PageRange run);
   bool poison_what_is_missing(const Segment& segment, PageRange run);
   void unregister_all();
+  // All of the registered mapping that these pages lie in. Nothing: that cannot be told while the client
+  // changes its memory.
+  std::optional<AddressRange> mapping_of(AddressRange pages, PageSize page_size) const;
+  // Unregisters `memory` and what mremap(2) has added to its mapping; what has to wait goes to ends_.
+  void unregister_with_growth(AddressRange memory, PageSize page_size);
   // Unregisters, and ends so when no thread of the client waits for an event to be read any more.
   void begin_end(SessionEnd end);
   void finish_ending();
@@ -333,7 +338,12 @@ class Session {
   bool populate_again_ = false;  // something could not be brought in the pass that is under way
   Address populate_from_{0};
   std::int64_t populate_not_before_ns_ = 0;
-  std::optional<SessionEnd> ending_;  // everything is unregistered
+  std::optional<SessionEnd> ending_;  // everything is unregistered, but ends_
+  struct LastPage {
+    AddressRange memory;
+    PageSize page_size;
+  };
+  std::vector<LastPage> ends_;  // of mappings that may have grown: to be unregistered with that
   std::int64_t ending_since_ns_ = 0;
   std::optional<SessionEnd> end_;
 };

@@ -281,6 +281,32 @@ TEST_P(Changes, NoFetchInstallsOldBytesIntoWhatChangesMeanwhile) {
   }
 }
 
+// ---- the manager's end ------------------------------------------------------------------------------------
+
+TEST_P(Changes, NoThreadWaitsForEverWhenTheManagerHasEnded) {
+  start_manager();
+  Child process = changing_client([&](ChangingMemory& memory, const Channel& channel) {
+    memory.move(units(4), units(1), units(8));
+    if (!is_huge()) {
+      require(memory.resize(0, 4, 4), "no room");
+      memory.unmap(590, 10);
+      require(memory.resize(580, 10, 77), "no room");
+      memory.move(100, 30, 800, 300, false);
+      if (!is_file()) memory.move(200, 30, 1200, 30, true);
+      memory.check(600);
+    }
+    channel.send(1);
+    channel.receive();
+    memory.check_all();
+    memory.give_back(units(0), units(1), MADV_DONTNEED);
+    memory.check_all();
+  });
+  process.channel().receive();
+  EXPECT_EQ(manager_->stop(), 0) << manager_->log();
+  process.channel().send(1);
+  EXPECT_EQ(process.wait(), 0);
+}
+
 // ---- at random --------------------------------------------------------------------------------------------
 
 // So many seeds each, printed with what they found wrong.

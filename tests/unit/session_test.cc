@@ -48,6 +48,7 @@ class FakeKernel final : public SystemCalls {
   bool gone = false;
   bool woke_all = false;       // whatever lies where
   std::uint64_t boundary = 0;  // one mapping ends here, and another begins
+  AddressRange mapping{};      // registered; all that a CONTINUE of several pages can be asked for
   std::function<int(const Call&)> refuse = [](auto&) { return 0; };  // an errno for a call
   std::set<std::uint64_t> unmapped;                                  // page addresses
 
@@ -75,6 +76,13 @@ class FakeKernel final : public SystemCalls {
     messages.push_back(message);
     std::erase_if(present, [&](const auto& page) { return range.contains(Address(page.first)); });
   }
+  // Whether it was unregistered, in one piece.
+  bool unregistered(AddressRange range) const {
+    return std::any_of(calls.begin(), calls.end(), [&](const Call& call) {
+      return call.request == abi::kIoctlUnregister && call.range.contains(range.start) &&
+             call.range.end() >= range.end();
+    });
+  }
   void unmap(AddressRange range) { removed(range, abi::kEventUnmap); }
   void moved(AddressRange from, Address to) {
     abi::Msg message{};
@@ -95,6 +103,8 @@ class FakeKernel final : public SystemCalls {
     if (request == abi::kIoctlUnregister) return gone ? -ENOMEM : 0;
     std::int64_t done = 0;
     int error = changing ? EAGAIN : gone ? ESRCH : probe ? ENOENT : refuse(call);
+    if (error == 0 && request == abi::kIoctlContinue && call.range.length.value > kPage)
+      error = call.range.start >= mapping.start && call.range.end() <= mapping.end() ? EINVAL : ENOENT;
     if (error == 0 && boundary != 0 && call.range.contains(Address(boundary)) &&
         call.range.start.value != boundary)
       error = ENOENT;
@@ -919,7 +929,11 @@ TEST_F(SessionTest, ReleasingWakesThreadsWhoseFaultsWerePutOff) {
   EXPECT_EQ(counter(counters().pending), 4u);
   for (const std::uint64_t page : {6u, 7u, 8u, 3000u}) ASSERT_FALSE(kernel_.woke(pages(page))) << page;
   session_.release();
-  for (const std::uint64_t page : {6u, 7u, 8u, 3000u}) EXPECT_TRUE(kernel_.woke(pages(page))) << page;
+  for (const std::uint64_t page : {6u, 7u, 8u}) EXPECT_TRUE(kernel_.woke(pages(page))) << page;
+  // How far the mapping there goes cannot be told before.
+  kernel_.changing = false;
+  run_out();
+  EXPECT_TRUE(kernel_.woke(pages(3000)));
 }
 
 TEST_F(SessionTest, DetachingWakesThreadsWhoseFaultsWerePutOff) {
@@ -933,6 +947,31 @@ TEST_F(SessionTest, DetachingWakesThreadsWhoseFaultsWerePutOff) {
   EXPECT_EQ(session_.end(), SessionEnd::detached);
   EXPECT_TRUE(kernel_.woke(pages(7)));
   EXPECT_TRUE(kernel_.woke(pages(8)));
+}
+
+TEST_F(SessionTest, MemoryThatWasAddedToAMappingIsNotLeftRegistered) {
+  add(pages(2000, 8));
+  kernel_.mapping = pages(2000, 45);
+  session_.release();
+  settle();
+  EXPECT_EQ(session_.end(), SessionEnd::released);
+  EXPECT_TRUE(kernel_.unregistered(pages(0, 1024)));
+  EXPECT_TRUE(kernel_.unregistered(pages(2000, 45)));
+  EXPECT_FALSE(kernel_.unregistered(pages(2045)));
+  EXPECT_FALSE(kernel_.unregistered(pages(1024)));
+}
+
+TEST_F(SessionTest, MemoryThatWasAddedIsLookedForWhenTheClientChangesNothingAnyMore) {
+  kernel_.mapping = pages(0, 1100);
+  kernel_.changing = true;
+  session_.release();
+  settle();
+  EXPECT_FALSE(session_.end());
+  EXPECT_TRUE(kernel_.unregistered(pages(0, 1023)));
+  kernel_.changing = false;
+  run_out();
+  EXPECT_EQ(session_.end(), SessionEnd::released);
+  EXPECT_TRUE(kernel_.unregistered(pages(1023, 77)));
 }
 
 TEST_F(SessionTest, ReleasingEndsThoughTheClientNeverStopsChanging) {
