@@ -17,10 +17,12 @@
 // fork(2): the memory that attach() makes is not inherited (MADV_DONTFORK); a child that touches it gets
 // SIGSEGV, where it would otherwise read zeros. A child must not call anything here on objects of its parent,
 // but may destroy them: that closes its copies of their descriptors and leaves the parent's memory alone.
-// Memory calls: munmap, mremap and madvise on served memory are told to the manager, and wait until it has
-// read them; while there is no manager, they wait too.
-// Threads: calls on one object may come from any thread, and take turns; moving and destroying must not
-// overlap with other calls on the same object.
+// A child that wants the memory calls attach() itself; or attach_memory(), with a userfaultfd that it makes,
+// for what it maps at the same addresses, which are free in it. Either way it gets the image, not what its
+// parent has written since. Memory calls: munmap, mremap and madvise on served memory are told to the
+// manager, and wait until it has read them; while there is no manager, they wait too. Threads: calls on one
+// object may come from any thread, and take turns; moving and destroying must not overlap with other calls on
+// the same object.
 #pragma once
 
 #include <uffdkit/error.h>

@@ -11,6 +11,7 @@
 #include <variant>
 
 #include "daemon/fixture.h"
+#include "support/mapping.h"
 #include "support/native_connection.h"
 #include "wire/native.h"
 #include "wire/unix_socket.h"
@@ -389,6 +390,35 @@ TEST_F(Native, ManyClientsAttachAtOnce) {
     at_once(works);
   });
   EXPECT_TRUE(eventually([&] { return manager.sessions() == 0; }));
+}
+
+// ---- fork -------------------------------------------------------------------------------------------------
+
+TEST_F(Native, AForkedChildThatAttachesItselfHasTheImageAndItsParentWhatItWrote) {
+  ManagerProcess manager(directory_, options());
+  run([&] {
+    const RemoteMapping memory = take(attach(socket_, "guest"));
+    check(memory, 0, 100);
+    std::fill_n(memory.data() + 7 * 4096, 4096, std::byte{0xee});
+    Child child = program([&](const Channel&) {
+      const RemoteMapping own = take(attach(socket_, "guest"));
+      check(own, 0, 512);
+      // And where its parent's is.
+      const Mapping same = Mapping::map(memory.data(), memory.size(), PROT_READ | PROT_WRITE,
+                                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1);
+      Uffd uffd = take(Uffd::create({.required = Features(abi::kFeatureEventRemove)}));
+      take(uffd.register_range(same.range(), kMissing));
+      const RequestedRegion region{.memory = same.range(), .offset = StoreOffset(0), .page_size = kPage4K};
+      const RemoteSession session = take(attach_memory(socket_, "guest", std::move(uffd), {&region, 1}));
+      check(memory, 0, 512);
+    });
+    check(memory, 100, 412);
+    require(child.wait() == 0, "the child failed");
+    require(page(memory, 7)[5] == std::byte{0xee}, "what the parent wrote is gone");
+    check(memory, 0, 7);
+  });
+  EXPECT_TRUE(eventually([&] { return manager.sessions() == 0; }));
+  EXPECT_EQ(manager.count("sessions_ended"), 3u);
 }
 
 }  // namespace
