@@ -1,15 +1,24 @@
 // Clients come, go and die in any way, many at once; each is served, and none leaves anything behind.
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
+#include <uffdkit/client.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
+#include <functional>
 #include <list>
+#include <nlohmann/json.hpp>
+#include <optional>
 #include <random>
+#include <string>
 #include <thread>
+#include <vector>
 
 #include "daemon/fixture.h"
+#include "support/native_connection.h"
 
 namespace uffdkit::test {
 namespace {
@@ -87,6 +96,117 @@ TEST_F(Clients, OneThatExecutesAnotherProgramLeavesNothingBehind) {
   process.channel().wait_closed();
   EXPECT_TRUE(nothing_is_left(before)) << before << " became " << manager_.footprint();
   EXPECT_EQ(kill(process.pid(), 0), 0) << "the program has ended";
+}
+
+TEST_F(Clients, OnesThatExitAreKilledOrExecuteAtAnyStageLeaveNothingBehind) {
+  const TempDir directory;
+  const std::string wall = directory / "wall";
+  const std::string native = directory / "native.sock";
+  const std::string socket = directory / "fc.sock";
+  const std::vector<std::string> options = {
+      "--firecracker", socket + "=" + image_.path(),
+      "--listen",      native,
+      "--image",       "guest=" + image_.path(),
+      "--store-fault", "stall,image=" + image_.path() + ",while=" + wall};
+  const ManagerProcess manager(directory, options);
+  // Left behind by every end, as by exit: what the work holds is not let go of.
+  const auto memory = [&] { return new ClientMemory(image_, whole(image_)); };
+  const auto touch_on_a_thread = [](const std::byte* page) {
+    std::thread([page] { (void)*static_cast<const volatile std::byte*>(page); }).detach();
+  };
+  const auto pending = [&] {
+    const nlohmann::json status = manager.status();
+    return std::ranges::any_of(status.at("sessions"),
+                               [](const auto& session) { return session.at("pending") == 1; });
+  };
+  const auto attach_it = [&](AttachOptions::Share sharing) {
+    AttachOptions attach_options{};
+    attach_options.sharing = sharing;
+    return new RemoteMapping(take(attach(native, "guest", attach_options)));
+  };
+  struct Stage {
+    std::string name;
+    std::function<void()> reach;
+    bool stalls = false;
+  };
+  const std::vector<Stage> stages = {
+      {"connected", [&] { connect_to(socket).release(); }},
+      {"half of the handshake is sent",
+       [&] {
+         const ClientMemory& all = *memory();
+         const int fd = all.uffd().fd();
+         send_with_fds(connect_to(socket).release(), all.handshake().dump().substr(0, 20), {&fd, 1});
+       }},
+      {"the handshake is sent without a userfaultfd",
+       [&] { send_with_fds(connect_to(socket).release(), memory()->handshake().dump(), {}); }},
+      {"the handshake is sent", [&] { memory()->hand_over(socket).release(); }},
+      {"all is there",
+       [&] {
+         const ClientMemory& all = *memory();
+         all.hand_over(socket).release();
+         all.check_all(2, 1);
+       }},
+      {"a page is being fetched",
+       [&] {
+         const ClientMemory& all = *memory();
+         all.hand_over(socket).release();
+         touch_on_a_thread(all.bytes(1).data());
+         require(eventually(pending), "nothing is fetched");
+         all.give_back(1, 100, MADV_DONTNEED);
+       },
+       true},
+      {"a native connection is made", [&] { connect_to(native).release(); }},
+      {"a native client is attached", [&] { attach_it(AttachOptions::Share::never); }},
+      {"a native client has a page fetched",
+       [&] {
+         touch_on_a_thread(attach_it(AttachOptions::Share::never)->data() + 4096);
+         require(eventually(pending), "nothing is fetched");
+       },
+       true},
+      {"a native client is detached",
+       [&] {
+         RemoteMapping& all = *attach_it(AttachOptions::Share::never);
+         (void)*static_cast<const volatile std::byte*>(all.data());
+         require(all.detach(DetachWay::release).has_value(), "it cannot be detached");
+       }},
+      {"a clone has a page fetched",
+       [&] {
+         touch_on_a_thread(attach_it(AttachOptions::Share::if_possible)->data() + 4096);
+         require(eventually(pending), "nothing is fetched");
+       },
+       true},
+  };
+  const std::vector<std::function<void()>> ends = {[] { _exit(0); }, [] { raise(SIGKILL); },
+                                                   [] { execlp("true", "true", nullptr); }};
+  std::optional<Footprint> before;
+  // At first only to make the manager start what stays.
+  for (const bool counts : {false, true})
+    for (const Stage& stage : stages)
+      for (const std::function<void()>& end : ends) {
+        SCOPED_TRACE(stage.name);
+        if (counts && !before) {
+          ASSERT_TRUE(eventually([&] { return manager.sessions() == 0; }));
+          before = manager.footprint();
+        }
+        if (stage.stalls) {
+          ASSERT_TRUE(UniqueFd(open(wall.c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0600)));
+        }
+        Child process = program([&](const Channel&) {
+          stage.reach();
+          end();
+        });
+        const int code = process.wait();
+        EXPECT_TRUE(code == 0 || code == -SIGKILL) << code;
+        if (stage.stalls) {
+          ASSERT_EQ(unlink(wall.c_str()), 0);
+        }
+        if (!counts) continue;
+        EXPECT_TRUE(eventually([&] {
+          return manager.sessions() == 0 && manager.footprint().within(*before);
+        })) << *before
+            << " became " << manager.footprint() << "\n"
+            << manager.log();
+      }
 }
 
 TEST_F(Clients, MemoryIsServedOnWhenTheProcessThatHandedItOverIsGone) {
