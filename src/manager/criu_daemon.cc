@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "kernel/own_memory.h"
 #include "manager/criu_image.h"
 #include "manager/event_loop.h"
 #include "wire/criu_protocol.h"
@@ -85,6 +86,7 @@ class CriuDaemon::Impl final : public EngineListener {
   CriuImage image_;
   std::optional<ListeningSocket> listener_;
   const CriuDaemonOptions options_;
+  const OwnMemoryWay own_memory_way_ = own_memory_way();
 
   std::unique_ptr<EventLoop> loop_;
   UniqueFd signals_;
@@ -203,6 +205,9 @@ Result<void> CriuDaemon::Impl::serve(criu::TaskRestored task) {
   const std::string name = fmt::format("task {}", task.pid);
   Result<Uffd> uffd = Uffd::receive(task.uffd.release());
   if (!uffd) return Failure(std::move(uffd).error().within(name));
+  if (is_of_own_memory(*uffd, own_memory_way_))
+    return Failure(
+        Error(fmt::format("{}: the userfaultfd is one of this process's own memory", name), EBADF));
   if (!uffd->features().has(kEventFeatures))
     log(fmt::format("{}: this kernel does not tell of {}; what the task does there is not followed", name,
                     to_string(kEventFeatures - uffd->features())));

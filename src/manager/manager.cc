@@ -20,6 +20,7 @@
 #include <utility>
 
 #include "base/clock.h"
+#include "kernel/own_memory.h"
 #include "manager/access.h"
 #include "manager/blocking_work.h"
 #include "manager/connections.h"
@@ -251,6 +252,8 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   bool is_open(Connection* connection, std::uint64_t serial) const;
   // After a failed accept: tries again later, since an event for it would come at once.
   void pause(int fd);
+  // What arrived as a client's userfaultfd, if it is one.
+  Result<Uffd> receive(UniqueFd fd) const;
   Result<AttachedSession> serve(Attachment attachment, const SessionInfo& info);
   // RESUME of a session that this manager serves; nothing if it does not.
   std::optional<Result<AttachedSession>> resume_own(int state_file, const Peer& peer, Connection* connection);
@@ -275,6 +278,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   const ManagerOptions options_;
   Log log_{STDERR_FILENO};
   const std::int64_t started_ns_ = monotonic_ns();
+  const OwnMemoryWay own_memory_way_ = own_memory_way(options_.system);
   std::unique_ptr<EventLoop> loop_;
   std::unique_ptr<BlockingWork> work_;
   UniqueFd signals_;
@@ -744,6 +748,14 @@ Result<AttachedSession> Manager::Impl::serve(Attachment attachment, const Sessio
                          .image = info.lane};
 }
 
+Result<Uffd> Manager::Impl::receive(UniqueFd fd) const {
+  Result<Uffd> uffd = Uffd::receive(fd.release(), options_.system);
+  if (uffd && is_of_own_memory(*uffd, own_memory_way_))
+    return Failure(Error("received descriptor: the userfaultfd is one of the manager's own memory", EBADF)
+                       .with_remedy("hand over one that the client itself has created"));
+  return uffd;
+}
+
 Result<AttachedSession> Manager::Impl::attach(NewSession session, std::shared_ptr<StoreLane> image,
                                               Connection* connection) {
   if (ending_) return Failure(Error("the manager is ending", ESHUTDOWN).with_remedy("connect again"));
@@ -758,7 +770,7 @@ Result<AttachedSession> Manager::Impl::attach(NewSession session, std::shared_pt
     return Failure(
         Error("the client's process cannot be watched", ESRCH)
             .with_remedy("use Linux 6.5 or newer, or run client and manager in one pid namespace"));
-  Result<Uffd> uffd = Uffd::receive(session.uffd.release(), options_.system);
+  Result<Uffd> uffd = receive(std::move(session.uffd));
   if (!uffd) return Failure(std::move(uffd).error());
   Result<SessionState> state = SessionState::create(session.request.image);
   if (!state) return Failure(std::move(state).error());
@@ -852,7 +864,7 @@ std::optional<Result<AttachedSession>> Manager::Impl::resume_own(int state_file,
 Result<AttachedSession> Manager::Impl::take_up(UniqueFd uffd_fd, UniqueFd process, SessionState state,
                                                uid_t uid, pid_t pid, std::shared_ptr<StoreLane> image,
                                                Connection* connection) {
-  Result<Uffd> uffd = Uffd::receive(uffd_fd.release(), options_.system);
+  Result<Uffd> uffd = receive(std::move(uffd_fd));
   if (!uffd) return Failure(Error(uffd.error().text(), EBADF));
   Usage more{.sessions = 1};
   for (const RegionRecord& region : state.regions()) more.regions += region.live ? 1 : 0;
