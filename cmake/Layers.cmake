@@ -43,7 +43,8 @@ function(tool name)
   target_include_directories(${name} PRIVATE ${CMAKE_SOURCE_DIR}/src)
   target_compile_definitions(${name} PRIVATE UFFDKIT_VERSION="${PROJECT_VERSION}")
   target_link_libraries(${name} PRIVATE uffdkit_settings libuffdkit nlohmann_json::nlohmann_json CLI11::CLI11
-                                        PkgConfig::SYSTEMD PkgConfig::COMPRESSION)
+                                        PkgConfig::SYSTEMD PkgConfig::COMPRESSION
+                                        PkgConfig::SECCOMP)
   get_property(in_library GLOBAL PROPERTY UFFDKIT_LIBRARY_LAYERS)
   foreach(part ${ARGN})
     if(NOT part IN_LIST in_library)

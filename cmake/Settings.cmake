@@ -21,6 +21,7 @@ find_package(nlohmann_json REQUIRED)
 find_package(CLI11 REQUIRED)
 pkg_check_modules(SYSTEMD REQUIRED IMPORTED_TARGET libsystemd)
 pkg_check_modules(COMPRESSION REQUIRED IMPORTED_TARGET libzstd libxxhash)
+pkg_check_modules(SECCOMP REQUIRED IMPORTED_TARGET libseccomp>=2.5)
 
 find_program(CCACHE ccache)
 if(CCACHE)

@@ -28,6 +28,7 @@
 #include "manager/image_catalog.h"
 #include "manager/log.h"
 #include "manager/quotas.h"
+#include "manager/sandbox.h"
 #include "manager/service.h"
 
 namespace uffdkit {
@@ -1066,6 +1067,7 @@ nlohmann::json Manager::Impl::status() {
           {"shared_images", std::move(shared)},
           {"image_cache", cache_to_json(images_->cache())},
           {"sessions_left_out", left_out},
+          {"sandbox", confinement()},
           {"users", users()},
           {"user_limits",
            {{"sessions", options_.user_limits.sessions},

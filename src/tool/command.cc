@@ -41,4 +41,9 @@ void add_workers_option(CLI::App& command, unsigned& workers) {
       ->capture_default_str();
 }
 
+void add_no_sandbox_option(CLI::App& command, bool& no_sandbox) {
+  command.add_flag("--no-sandbox", no_sandbox,
+                   "Keep all privileges and system calls, for debuggers and sanitizers");
+}
+
 }  // namespace uffdkit::tool

@@ -34,6 +34,7 @@ inline constexpr char kFaultAroundHelp[] =
 void add_fault_around_option(CLI::App& command, const std::string& name, std::uint64_t& pages,
                              const std::string& help);
 void add_workers_option(CLI::App& command, unsigned& workers);
+void add_no_sandbox_option(CLI::App& command, bool& no_sandbox);
 
 void add_serve(CLI::App& app, int& exit_code);
 void add_status(CLI::App& app, int& exit_code);

@@ -12,6 +12,7 @@
 #include <string>
 
 #include "manager/criu_daemon.h"
+#include "manager/sandbox.h"
 #include "tool/command.h"
 
 namespace uffdkit::tool {
@@ -26,6 +27,7 @@ struct Options {
   int status_fd = -1;
   std::uint64_t fault_around = 16;
   unsigned workers = 0;
+  bool no_sandbox = false;
   std::string ignored_text;
   bool ignored = false;
 };
@@ -113,6 +115,11 @@ int run(const Options& options) {
   if (!daemon) return report(daemon.error());
   auto ready = options.daemon ? become_daemon(options) : announce(options, ::getpid());
   if (!ready) return report(ready.error());
+  if (!options.no_sandbox) {
+    // Its threads are still to come, and inherit it.
+    if (auto dropped = drop_privileges(); !dropped) return report(dropped.error());
+    if (auto filtered = filter_system_calls(); !filtered) return report(filtered.error());
+  }
   const Result<void> served = (*daemon)->run();
   return served ? kExitDone : report(served.error());
 }
@@ -139,6 +146,7 @@ void add_criu(CLI::App& app, int& exit_code) {
       ->check(CLI::NonNegativeNumber);
   add_fault_around_option(*command, "--fault-around", options->fault_around, kFaultAroundHelp);
   add_workers_option(*command, options->workers);
+  add_no_sandbox_option(*command, options->no_sandbox);
   // Options of criu's that change nothing here, so that its command lines can be used as they are.
   command->add_option("-v,--verbosity", options->ignored_text, "Taken for criu's sake; no effect")
       ->expected(0, 1);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "manager/manager.h"
+#include "manager/sandbox.h"
 #include "tool/command.h"
 
 namespace uffdkit::tool {
@@ -30,6 +31,7 @@ struct Options {
   std::vector<std::string> allow;          // WHO=IMAGES
   std::vector<std::string> allow_control;  // WHO
   UserLimits user_limits;
+  bool no_sandbox = false;
   unsigned workers = 0;
   std::uint64_t fault_around = 16;
   std::uint64_t shared_fault_around = 64;
@@ -97,6 +99,8 @@ int run(const Options& options) {
   ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   ::signal(SIGPIPE, SIG_IGN);
   raise_descriptor_limit();
+  if (!options.no_sandbox)
+    if (auto dropped = drop_privileges(); !dropped) return report(dropped.error());
 
   Result<std::vector<StoreFault>> faults = store_faults(options);
   if (!faults) {
@@ -118,6 +122,8 @@ int run(const Options& options) {
   if (!manager) return report(manager.error());
   if (auto opened = open_everything(**manager, options); !opened) return report(opened.error());
   if (auto signalled = (*manager)->stop_at_signals(); !signalled) return report(signalled.error());
+  if (!options.no_sandbox)
+    if (auto filtered = filter_system_calls(); !filtered) return report(filtered.error());
 
   fmt::print("uffdkit: ready{}\n", (*manager)->listening());
   std::fflush(stdout);
@@ -207,6 +213,7 @@ void add_serve(CLI::App& app, int& exit_code) {
       ->default_str("256M");
   command->add_option("--store-fault", options->store_faults,
                       "KIND[,KEY=VALUE]...: for tests, has reads of images fail, lie or last; repeatable");
+  add_no_sandbox_option(*command, options->no_sandbox);
   command->footer(
       "Ends at SIGTERM or SIGINT, after completing the memory of its Firecracker clients; at a second one, "
       "at once.\n"

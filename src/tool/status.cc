@@ -75,6 +75,8 @@ void print(const nlohmann::json& status) {
   for (const auto& listener : status.at("listeners"))
     fmt::print("listens {} {}{}\n", listener.value("kind", ""), listener.value("socket", ""),
                listener.contains("image") ? " image " + listener.value("image", "") : "");
+  if (const auto& sandbox = status.at("sandbox"); !sandbox.value("system_calls_filtered", false))
+    fmt::print("not sandboxed: its system calls are not filtered (--no-sandbox)\n");
   const auto& sessions = status.at("sessions");
   const std::uint64_t left_out = number(status, "sessions_left_out");
   fmt::print("sessions {}, ended {}, clients refused {}\n", sessions.size() + left_out,

@@ -18,6 +18,7 @@
 #include <system_error>
 #include <thread>
 
+#include "support/sanitizers.h"
 #include "wire/unix_socket.h"
 
 namespace uffdkit::test {
@@ -85,6 +86,8 @@ ManagerProcess::ManagerProcess(const TempDir& directory, const std::vector<std::
       log_path_(directory / ("manager-" + std::to_string(entries_in(directory.path().string())) + ".log")) {
   std::vector<std::string> words = {UFFDKIT_BINARY_DIR "/uffdkit", "serve", "--control", control_};
   words.insert(words.end(), arguments.begin(), arguments.end());
+  // Sanitizers have threads and system calls of their own.
+  if (kSanitized) words.emplace_back("--no-sandbox");
   std::vector<std::string> environment = setting.environment;
   for (char** entry = environ; *entry != nullptr; ++entry) environment.emplace_back(*entry);
   const std::vector<char*> argv = pointers(words);
