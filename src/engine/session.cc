@@ -1083,7 +1083,10 @@ bool Session::populate() {
       continue;
     }
     if (releasing_ || table.get(first) == PageState::removed) {
-      const PageRange run = zero_run(*segment, first, scan_end);
+      // Behind pages that were given back there may be others that are still to be brought.
+      const PageRange run =
+          releasing_ ? zero_run(*segment, first, scan_end)
+                     : PageRange{first, table.end_of_run(first, scan_end, PageState::removed) - first};
       if (!populated(put(*segment, run, {}), *segment, run)) return false;
       populate_from_ = segment->address_of(run.end());
       continue;

@@ -436,6 +436,20 @@ TEST_P(ResolvedClones, PagesThatAreGivenBackReadAsZeroAndStaySo) {
   EXPECT_EQ(process.wait(), 0) << manager.log();
 }
 
+TEST_P(ResolvedClones, PopulatingBringsWhatIsMissingBehindPagesThatWereGivenBack) {
+  ManagerProcess manager(directory_, options());
+  Child process = program([&](const Channel&) {
+    RemoteMapping memory = clone();
+    check(memory, 0, 1);
+    require(madvise(memory.data() + 100 * 4096, 10 * 4096, MADV_DONTNEED) == 0, "madvise");
+    succeed(memory.detach(DetachWay::populate));
+    check(memory, 0, 100);
+    check_zero(memory, 100, 10);
+    check(memory, 110, kPages - 110);
+  });
+  EXPECT_EQ(process.wait(), 0) << manager.log();
+}
+
 TEST_P(ResolvedClones, ZerosThatAnotherClientPutIntoTheImagesMemoryAreNotSeen) {
   if (geteuid() != 0) GTEST_SKIP() << "needs root, to map the image's memory a second time";
   ManagerProcess manager(directory_, options());
