@@ -24,11 +24,14 @@ bool may_be_armed(const Area& area) {
   return area.registered_for(abi::kRegisterWp) && (area.context->features & abi::kFeatureWpAsync) != 0;
 }
 
-// A marker counts as swapped out. Source: pagemap_page_category(), pagemap_hugetlb_category().
-std::uint64_t categories_of(const Area& area, const Pte* pte) {
+// A marker counts as swapped out; small pages that are empty count as written. `has_table`: that there is no
+// page is said by a page table; where there is none, nothing is known but what the area is.
+// Source: pagemap_page_category(), pagemap_hugetlb_category(), pagemap_scan_pte_hole().
+std::uint64_t categories_of(const Area& area, const Pte* pte, bool has_table) {
   std::uint64_t found = may_be_armed(area) ? abi::kPageWpAllowed : 0;
+  if (!has_table) return found;
   if (area.huge()) found |= abi::kPageHuge;
-  if (pte == nullptr) return found;
+  if (pte == nullptr) return area.huge() ? found : found | abi::kPageWritten;
   if (!pte->wp) found |= abi::kPageWritten;
   if (!pte->present()) return found | abi::kPageSwapped;
   found |= abi::kPagePresent;
@@ -75,11 +78,12 @@ class Scan {
   // Whether there is a page table at all. Here one is there as long as it has an entry; the kernel keeps them
   // until what is mapped around them is gone. Empty pages are written where there is one, and not where
   // there is none. Source: pagemap_scan_pte_hole().
-  bool has_table(std::uint64_t page) const {
-    const std::uint64_t first = page / kHugePage * kHugePage;
+  bool has_table(const Area& area, std::uint64_t page) const {
+    const std::uint64_t covered = area.huge() ? kHugePage * 512 : kHugePage;
+    const std::uint64_t first = page / covered * covered;
     const auto& pages = space_.pages();
     const auto entry = pages.lower_bound(first);
-    return entry != pages.end() && entry->first < first + kHugePage;
+    return entry != pages.end() && entry->first < first + covered;
   }
 
   // 1: go on with the next area; 0: the scan ends here; or -errno.
@@ -89,11 +93,6 @@ class Scan {
     while (at < end) {
       const std::uint64_t page = at / area.page() * area.page();
       const std::uint64_t next = std::min(page + area.page(), end);
-      // A part of a huge page cannot be armed. Source: pagemap_scan_hugetlb_entry().
-      if (area.huge() && arms() && next - at != kHugePage) {
-        args_.walk_end = at;
-        return -EINVAL;
-      }
       const std::uint64_t stop = visit(area, page, at, next);
       if (stop != next) {
         args_.walk_end = stop;
@@ -107,23 +106,32 @@ class Scan {
   // Looks at one page, of which [at, next) is in the range. Returns `next`, or where the scan ends.
   std::uint64_t visit(Area& area, std::uint64_t page, std::uint64_t at, std::uint64_t next) {
     const Pte* pte = space_.entry(page);
-    const bool hole = pte == nullptr && (area.huge() || !has_table(page));
-    std::uint64_t categories = categories_of(area, pte);
+    const bool hole = pte == nullptr && !has_table(area, page);
+    std::uint64_t categories = categories_of(area, pte, !hole);
     if (space_.mapped_huge(page)) {
       // Arming a part of a huge page splits it. Source: pagemap_scan_thp_entry().
       const std::uint64_t first = page / kHugePage * kHugePage;
-      if (arms() && (first < args_.start || first + kHugePage > args_.end || cannot_report(kHugePage)))
+      const bool partly = first < args_.start || first + kHugePage > args_.end || cannot_report(kHugePage);
+      const bool written = (categories & abi::kPageWritten) != 0;
+      if (arms() && partly && written && matches(categories | abi::kPageHuge))
         space_.split(page, next);
       else
         categories |= abi::kPageHuge;
     }
     // Arming without a report takes all pages, whatever was asked. Source: pagemap_scan_pmd_entry().
     const bool without_question = !hole && !area.huge() && arms() && !reports();
-    if (pte == nullptr && !hole) categories |= abi::kPageWritten;
     if (!without_question && !matches(categories)) return next;
     std::uint64_t stop = next;
     if (reports()) stop = report(categories & args_.return_mask, at, next);
-    if (stop != at && arms() && (hole || (categories & abi::kPageWritten) != 0)) arm(area, page);
+    if (stop == at || !arms() || (!hole && (categories & abi::kPageWritten) == 0)) return stop;
+    // A part of a huge page cannot be armed: it is as if it had not been looked at, but for where the scan
+    // says that it ended. Source: pagemap_scan_hugetlb_entry().
+    if (area.huge() && !hole && stop - at != kHugePage) {
+      if (reports()) take_back(at, stop);
+      args_.walk_end = at;
+      return next;
+    }
+    arm(area, page);
     return stop;
   }
 
@@ -140,6 +148,15 @@ class Scan {
     }
     pages_found_ += (end - at) / kSmallPage;
     return end;
+  }
+
+  // Source: pagemap_scan_backout_range().
+  void take_back(std::uint64_t at, std::uint64_t end) {
+    if (regions_.back().start == at)
+      regions_.pop_back();
+    else
+      regions_.back().end = at;
+    pages_found_ -= (end - at) / kSmallPage;
   }
 
   // A poisoned page can be armed too, which WRITEPROTECT leaves out. Source: make_uffd_wp_pte().

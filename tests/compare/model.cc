@@ -23,10 +23,12 @@ class Model final : public Driver {
         huge_(huge) {
     for (int i = 0; i < kThreads; ++i) threads_[static_cast<std::size_t>(i)] = &target_.spawn_thread();
     agent_ = &target_.spawn_thread();
-    // As in the real target: this page keeps the page table there.
-    CHECK(target_.map({.length = ByteCount(4096), .fixed = Address(kAnchor)}));
-    agent_->access({.address = Address(kAnchor), .write = true});
-    CHECK(kernel_.run());
+    // As in the real target: these pages keep the page tables there.
+    for (const std::uint64_t anchor : {kAnchor, kHugeAnchor}) {
+      CHECK(target_.map({.length = ByteCount(4096), .fixed = Address(anchor)}));
+      agent_->access({.address = Address(anchor), .write = true});
+      CHECK(kernel_.run());
+    }
     for (int place = 0; place < kAreas; ++place)
       files_.push_back(kernel_.make_shmem(ByteCount(kAreaPages * 4096)));
     for (int place = 0; huge && place < kHugeAreas; ++place)

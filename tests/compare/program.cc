@@ -139,9 +139,11 @@ class Generator {
     range(operation);
     if (chance(40)) {
       operation.start = area_start(operation.place);
-      operation.length = kAreaPages * page();
+      operation.length = (huge_ ? kHugeAreaPages : kAreaPages) * page();
     }
     operation.mode = one_of(std::array<std::uint64_t, 6>{0, 0, 1, 1, 2, 3});
+    // Arming huge pages where there is no page table yet can lock the kernel against itself, for ever.
+    if (huge_) operation.mode &= ~abi::kScanWpMatching;
     if (chance(1)) operation.mode |= 4;
     const std::uint64_t all = abi::kPageSoftDirty - 1;  // all but soft-dirty, which not every kernel has
     operation.mask = chance(60) ? abi::kPageWritten : random_() & random_() & random_() & all;
@@ -150,7 +152,7 @@ class Generator {
     if (chance(25)) operation.any_of = random_() & all;
     if (chance(1)) operation.report |= std::uint64_t{1} << 20;
     operation.value = static_cast<std::uint8_t>(chance(50) ? 8 : below(4));
-    if (chance(40)) operation.new_length = 1 + below(6);
+    if (chance(40)) operation.new_length = (1 + below(6)) * (huge_ && chance(70) ? page() / 4096 : 1);
     return operation;
   }
 
@@ -195,7 +197,7 @@ class Generator {
   Operation any() {
     const std::uint64_t pick = below(100);
     if (pick < 26) return access();
-    if (pick < 30) return huge_ ? access() : scan();
+    if (pick < 30) return scan();
     if (pick < 42) {
       Operation operation{.verb = Verb::read};
       operation.uffd = uffd();

@@ -16,7 +16,8 @@ namespace uffdkit::differential {
 inline constexpr std::uint64_t kArena = 0x200000000000;        // small pages, all below one page table
 inline constexpr std::uint64_t kHugeArena = 0x200040000000;    // huge pages
 inline constexpr std::uint64_t kAnchor = kArena + 511 * 4096;  // a page that keeps that page table there
-inline constexpr int kAreas = 4;                               // places for areas of small pages
+inline constexpr std::uint64_t kHugeAnchor = kHugeArena + 511 * (2ull << 20);  // likewise, a small page
+inline constexpr int kAreas = 4;  // places for areas of small pages
 inline constexpr int kHugeAreas = 2;
 inline constexpr std::uint64_t kAreaPages = 12;  // of each place; holes of 4 pages between them
 inline constexpr std::uint64_t kAreaStride = 16;

@@ -251,9 +251,11 @@ void install_handlers() {
 [[noreturn]] void run_target(SharedBlock& block) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   install_handlers();
-  CHECK(mmap(pointer(kAnchor), 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
-             0) != MAP_FAILED);
-  *static_cast<volatile char*>(pointer(kAnchor)) = 1;
+  for (const std::uint64_t anchor : {kAnchor, kHugeAnchor}) {
+    CHECK(mmap(pointer(anchor), 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
+               0) != MAP_FAILED);
+    *static_cast<volatile char*>(pointer(anchor)) = 1;
+  }
   std::array<std::thread, kThreads> threads;
   for (int i = 0; i < kThreads; ++i)
     threads[static_cast<std::size_t>(i)] = std::thread([&block, i] { obey(block, i); });
