@@ -115,8 +115,8 @@ TEST(SimEngine, ServesEveryByteAndLeavesNoThreadAsleepUnder300Seeds) {
   std::size_t bytes_checked = 0;
   // What must have happened, and how often it did.
   std::map<std::string, std::size_t> happened = {
-      {"mremap", 0},   {"has a child", 0},      {"has huge pages", 0}, {"is released", 0},
-      {"detached", 0}, {"another takes up", 0}, {"is killed", 0}};
+      {"mremap", 0},      {"shares the image", 0}, {"has a child", 0},      {"has huge pages", 0},
+      {"is released", 0}, {"detached", 0},         {"another takes up", 0}, {"is killed", 0}};
   for (std::uint64_t seed = 1; seed <= 300; ++seed) {
     const Found found = run(seed);
     ASSERT_EQ(found.wrong, "") << "simulate --seed " << seed << " -v shows it";

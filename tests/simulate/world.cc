@@ -44,10 +44,10 @@ std::size_t fill_number(unsigned long request) {
 
 class World;
 
-// The image. It answers at once, later or not at all, as the seed says.
+// The image. It answers at once, later or not at all, as the seed says; a prompt one always at once.
 class SeededStore final : public Store {
  public:
-  explicit SeededStore(World& world) : world_(world) {}
+  explicit SeededStore(World& world, bool prompt = false) : world_(world), prompt_(prompt) {}
   ByteCount size() const noexcept override { return ByteCount(kImagePages * kPage); }
   std::string name() const override { return "image"; }
   Extent extent_at(StoreOffset from) const noexcept override {
@@ -61,6 +61,7 @@ class SeededStore final : public Store {
 
  private:
   World& world_;
+  const bool prompt_;
 };
 
 // The seam: threads move between any two calls, the manager may be killed there, and bugs are planted.
@@ -128,9 +129,11 @@ struct Client final : SessionHost {
   ExpectedMemory memory;
   std::unique_ptr<Session> session;
   Session::Next next{.again = true};
-  bool shares = false;  // its memory, with another client
-  bool huge = false;    // hugetlbfs
-  bool grows = false;   // it has no file, beyond whose end there would be nothing
+  bool shares = false;                      // its memory, with another client
+  bool is_ending = false;                   // its session was told to end
+  SharingMode sharing = SharingMode::none;  // of the image's memory, which the manager fills for all
+  bool huge = false;                        // hugetlbfs
+  bool grows = false;                       // it has no file, beyond whose end there would be nothing
   // Between a fork and what the manager makes of it: the parent has the child's session, or the child knows
   // that one will come.
   std::unique_ptr<ForkedSession> newborn;
@@ -150,6 +153,7 @@ class World {
     const std::uint64_t count = draw(3);
     for (std::uint64_t i = 0; i < count; ++i) add_client(nullptr, draw(kImagePages - kRegionPages));
     if (one_in(6)) add_client(nullptr, draw(kImagePages - kHugeRegionPages), sim::Memory::hugetlb_private);
+    if (one_in(4)) add_clones();
     if (!clients_.empty() && one_in(2)) return;
     // Two that share their memory: what is put there for one is there for the other, whose threads nobody
     // wakes by that.
@@ -178,6 +182,19 @@ class World {
   void between_calls() {
     for (std::uint64_t turns = draw(4); turns > 0 && turn();) --turns;
     if (calls_to_live_ > 0 && --calls_to_live_ == 0) throw Killed{};
+  }
+
+  // The pages of the shared image that the manager has written are in the page cache that clients map.
+  void show_shared_pages() {
+    if (!image_ || image_->filled_pages() == shown_pages_) return;
+    shown_pages_ = image_->filled_pages();
+    std::array<std::byte, kPage> page;
+    for (std::uint64_t index = 0; index < kImagePages; ++index) {
+      if (!image_->has(PageIndex(index)) || image_object_->cached(index * kPage)) continue;
+      if (::pread(image_file_.get(), page.data(), kPage, static_cast<off_t>(index * kPage)) != kPage)
+        fail("the shared image cannot be read");
+      image_object_->write(index * kPage, page);
+    }
   }
 
   const Bug bug;
@@ -216,6 +233,40 @@ class World {
     client->session->add_region(range, StoreOffset(first * kPage), client->huge ? kPage2M : kPage4K, lane_)
         .value();
     clients_.push_back(std::move(client));
+  }
+
+  // Clients that map the memory of one image privately. What the manager writes there, into a real file, is
+  // shown to them by show_shared_pages().
+  void add_clones() {
+    image_ =
+        SharedImage::create(StoreLane::create(std::make_shared<SeededStore>(*this, true)).value()).value();
+    image_file_ = image_->open_for_client().value();
+    image_object_ = kernel_.make_shmem(ByteCount(kImagePages * kPage));
+    for (std::uint64_t clones = 2 + draw(2); clones > 0; --clones) {
+      sim::Process& process = kernel_.spawn();
+      auto client = std::make_unique<Client>(*this, process);
+      client->sharing = one_in(2) ? SharingMode::resolve : SharingMode::page_cache;
+      client->kept = Uffd::create({.required = Features(kFeatures)}, process.system_calls()).value();
+      const std::uint64_t first = draw(kImagePages - kRegionPages);
+      const ByteCount length(kRegionPages * kPage);
+      const Address start = process
+                                .map({.memory = sim::Memory::shmem_private,
+                                      .length = length,
+                                      .object = image_object_,
+                                      .offset = first * kPage})
+                                .value();
+      const bool resolve = client->sharing == SharingMode::resolve;
+      client->kept->register_range({start, length}, resolve ? kMissing | kMinor : kMissing).value();
+      client->memory.add({start, length}, first);
+      for (int i = 0; i < kThreads; ++i) client->workers.push_back({.thread = &process.spawn_thread()});
+      note(fmt::format("process {} shares the image", process.pid()));
+      serve(*client, SessionState::create("image").value());
+      client->session
+          ->add_region({start, length}, StoreOffset(first * kPage), kPage4K, image_->lane(), 0,
+                       {.mode = client->sharing, .image = image_})
+          .value();
+      clients_.push_back(std::move(client));
+    }
   }
 
   // What a manager does with a client that arrives or comes back.
@@ -279,7 +330,14 @@ class World {
     const Address address(page->first);
     Client::Doing doing{};
     // Of what clients share, one session would not hear what the other's client changes.
-    const std::uint64_t what = client.shares ? 8 + draw(25) : client.huge ? draw(37) : draw(44);
+    // What a client of the page cache gives back is the image again, and so it is for all who share the image
+    // when they are not served any more.
+    const bool keeps_all = client.sharing == SharingMode::page_cache ||
+                           (client.sharing == SharingMode::resolve && (!client.session || client.is_ending));
+    const std::uint64_t what = client.shares ? 8 + draw(25)
+                               : keeps_all   ? draw(33)
+                               : client.huge ? draw(37)
+                                             : draw(44);
     if (what < 33) {
       doing = {.kind = Client::Doing::Kind::access,
                .access = {.address = address + ByteCount(draw(kPage)),
@@ -312,7 +370,9 @@ class World {
                        .may_move = true,
                        .to = Address(next_place_)};
         if (!client.grows) doing.remap.new_length = std::min(doing.remap.new_length, doing.range.length);
-        doing.remap.dont_unmap = doing.remap.new_length == doing.range.length && one_in(4);
+        // What a mapping of the image's memory leaves behind is zero only as long as it is served.
+        doing.remap.dont_unmap =
+            client.sharing == SharingMode::none && doing.remap.new_length == doing.range.length && one_in(4);
         next_place_ += kPlaceBytes;
         worker.thread->remap(doing.remap);
       }
@@ -349,6 +409,11 @@ class World {
   // The manager completes the client's memory, or the client wants no more of it.
   void end_session(Client& client) {
     if (!client.session) return;
+    const bool gives_back = std::ranges::any_of(client.workers, [](const Client::Worker& worker) {
+      return worker.doing.kind > Client::Doing::Kind::fork;
+    });
+    if (client.sharing != SharingMode::none && gives_back) return;
+    client.is_ending = true;
     // What one of those that share their memory gives up is zero for the other too.
     if (!client.shares && one_in(3)) {
       note(fmt::format("process {} is released", client.process.pid()));
@@ -659,6 +724,10 @@ class World {
   sim::Process* manager_ = nullptr;
   std::unique_ptr<ManagerCalls> calls_;
   std::vector<std::unique_ptr<Client>> clients_;
+  std::shared_ptr<SharedImage> image_;
+  UniqueFd image_file_;
+  sim::ObjectPtr image_object_;
+  std::uint64_t shown_pages_ = 0;
   std::vector<std::unique_ptr<Client>> newcomers_;  // born in this turn
   std::uint64_t next_place_ = kFirstFreePlace;
   std::int64_t now_ns_ = 1;
@@ -674,7 +743,7 @@ std::int64_t Client::now_ns() {
 }
 
 Result<ReadStatus> SeededStore::read(StoreOffset from, std::span<std::byte> to, Wait wait) noexcept {
-  if (wait == Wait::no && world_.one_in(2)) return ReadStatus::would_block;
+  if (wait == Wait::no && !prompt_ && world_.one_in(2)) return ReadStatus::would_block;
   const std::uint64_t first = from.value / kPage;
   if (wait == Wait::yes && !world_.at_rest() && world_.one_in(20)) {
     for (std::uint64_t i = 0; i < to.size() / kPage; ++i) failed.insert(first + i);
@@ -700,6 +769,7 @@ int ManagerCalls::copy(int fd, std::uintptr_t argument) {
 
 int ManagerCalls::ioctl(int fd, unsigned long request, std::uintptr_t argument) {
   world_.between_calls();
+  world_.show_shared_pages();
   if (world_.bug == Bug::no_wake_after_present && request == abi::kIoctlWake && was_present_) return 0;
   int result = request == abi::kIoctlCopy ? copy(fd, argument) : calls_.ioctl(fd, request, argument);
   was_present_ = result == -EEXIST;
