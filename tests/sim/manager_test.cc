@@ -20,6 +20,7 @@
 #include "simulate/expected.h"
 #include "support/child.h"
 #include "support/client.h"
+#include "support/native_connection.h"
 #include "support/temp_dir.h"
 
 namespace uffdkit::sim::test {
@@ -105,26 +106,34 @@ struct Client {
   Uffd uffd;
   ExpectedMemory memory;
   std::vector<Worker> workers;
-  // The process that connects and is watched, and killed with it.
+  std::uint64_t first_page = 0;  // of the image
+  // Of one that speaks as Firecracker does: the process that connects and is watched, and killed with it.
   std::unique_ptr<uffdkit::test::Child> real;
+  // Of one that speaks the native protocol: its connection is this process's.
+  std::unique_ptr<uffdkit::test::NativeConnection> connection;
+  native::SessionId session{};
+  UniqueFd state_file;
 };
+
+enum class Speaks : bool { firecracker, native };
 
 class World {
  public:
-  explicit World(std::uint64_t seed, Bug bug = Bug::none)
-      : random_(seed), kernel_({.seed = seed}), descriptors_(kernel_.spawn()), calls_(descriptors_, bug) {
+  explicit World(std::uint64_t seed, Bug bug = Bug::none, Speaks speaks = Speaks::firecracker)
+      : speaks_(speaks),
+        random_(seed),
+        kernel_({.seed = seed}),
+        descriptors_(kernel_.spawn()),
+        calls_(descriptors_, bug) {
     write_image(directory_ / "image");
-    // Before there are threads: each has a process that is forked from this one.
+    // Before there are threads: each may have a process that is forked from this one.
     for (int i = 0; i < kClients; ++i) add_client(draw(kImagePages - kRegionPages));
-    manager_ =
-        Manager::create({.workers = 3, .fault_around = PageCount(4), .drain_ms = 10'000, .system = calls_})
-            .value();
-    manager_->listen_firecracker(directory_ / "socket", directory_ / "image").value();
-    running_ = std::jthread([this] {
-      ended_well_ = manager_->run();
-      ended_ = true;
-    });
-    for (const auto& client : clients_) client->real->channel().send(1);
+    start_manager();
+    for (const auto& client : clients_)
+      if (speaks == Speaks::native)
+        attach(*client);
+      else
+        client->real->channel().send(1);
   }
 
   ~World() {
@@ -148,6 +157,33 @@ class World {
       if (draw(4) == 0) std::this_thread::yield();
       if (is_late()) return fail("the clients' threads do not get on");
     }
+  }
+
+  // The manager ends, while the clients go on; another comes, and they resume there.
+  void succeed() {
+    manager_->stop();
+    running_.join();
+    manager_.reset();
+    if (descriptors_.held() != 0) fail("the manager has kept a userfaultfd");
+    descriptors_.alone([&] {
+      for (int i = 0; i < 30; ++i) {
+        begin_something(*clients_[draw(clients_.size())]);
+        turn();
+      }
+      check();
+    });
+    start_manager();
+    for (const auto& client : clients_) resume(*client);
+  }
+
+  // Every client's memory is completed, and is its own from then on.
+  void detach_all() {
+    for (const auto& client : clients_) {
+      const native::Answer answer =
+          client->connection->ask(native::Detach{.mode = native::DetachMode::populate});
+      if (!std::holds_alternative<native::Ok>(answer)) fail("a client could not be completed");
+    }
+    if (descriptors_.held() != 0) fail("the manager has kept a userfaultfd");
   }
 
   // All that is under way comes to its end.
@@ -222,14 +258,59 @@ class World {
   }
   bool is_late() const { return std::chrono::steady_clock::now() - began_ > kHang; }
 
+  void start_manager() {
+    manager_ =
+        Manager::create({.workers = 3, .fault_around = PageCount(4), .drain_ms = 10'000, .system = calls_})
+            .value();
+    if (speaks_ == Speaks::native) {
+      manager_->add_image("guest", directory_ / "image").value();
+      manager_->listen_native(directory_ / "socket").value();
+    } else {
+      manager_->listen_firecracker(directory_ / "socket", directory_ / "image").value();
+    }
+    running_ = std::jthread([this] {
+      ended_well_ = manager_->run();
+      ended_ = true;
+    });
+  }
+
+  void attach(Client& client) {
+    const AddressRange range{Address(client.memory.pages().begin()->first), ByteCount(kRegionPages * kPage)};
+    client.connection = std::make_unique<uffdkit::test::NativeConnection>(directory_ / "socket");
+    const RequestedRegion region{
+        .memory = range, .offset = StoreOffset(client.first_page * kPage), .page_size = kPage4K};
+    take_up(client, client.connection->ask(native::Attach{.request = {.image = "guest", .regions = {region}},
+                                                          .uffd = handed_over(client)}));
+  }
+  void resume(Client& client) {
+    client.connection = std::make_unique<uffdkit::test::NativeConnection>(directory_ / "socket");
+    take_up(client, client.connection->ask(native::Resume{.session = client.session,
+                                                          .uffd = handed_over(client),
+                                                          .state_file = std::move(client.state_file)}));
+  }
+  UniqueFd handed_over(const Client& client) {
+    return uffdkit::test::duplicate(descriptors_.pass(client.process, client.uffd.fd()));
+  }
+  void take_up(Client& client, native::Answer answer) {
+    auto* attached = std::get_if<native::Attached>(&answer);
+    if (attached == nullptr) return fail("a client was refused");
+    client.session = attached->session;
+    client.state_file = std::move(attached->state_file);
+  }
+
   void add_client(std::uint64_t first) {
     auto client = std::make_unique<Client>(kernel_.spawn());
+    client->first_page = first;
     const ByteCount length(kRegionPages * kPage);
     const Memory kind = draw(2) == 0 ? Memory::anonymous : Memory::shmem_private;
     const AddressRange range{client->process.map({.memory = kind, .length = length}).value(), length};
     client->uffd.register_range(range, kMissing).value();
     client->memory.add(range, first);
     for (int i = 0; i < kThreads; ++i) client->workers.push_back({.thread = &client->process.spawn_thread()});
+    if (speaks_ == Speaks::native) {
+      clients_.push_back(std::move(client));
+      return;
+    }
     const int fd = descriptors_.pass(client->process, client->uffd.fd());
     const nlohmann::json handshake = {{{"base_host_virt_addr", range.start.value},
                                        {"size", length.value},
@@ -334,6 +415,7 @@ class World {
   }
 
   const std::chrono::steady_clock::time_point began_ = std::chrono::steady_clock::now();
+  const Speaks speaks_;
   uffdkit::test::TempDir directory_;
   std::mt19937_64 random_;
   Kernel kernel_;
@@ -379,6 +461,31 @@ TEST(SimManager, ServesTheOthersWhenClientsAreKilled) {
     }
     world.rest();
     world.end_manager();
+    world.look_at_everything();
+    ASSERT_EQ(world.wrong(), "") << "seed " << seed;
+  }
+}
+
+TEST(SimManager, NativeClientsGoOnAtASuccessor) {
+  for (std::uint64_t seed = 1; seed <= 3; ++seed) {
+    World world(seed, Bug::none, Speaks::native);
+    world.act(300);
+    for (int i = 0; i < 3; ++i) {
+      world.succeed();
+      world.act(200);
+    }
+    world.rest();
+    world.look_at_everything();
+    ASSERT_EQ(world.wrong(), "") << "seed " << seed;
+  }
+}
+
+TEST(SimManager, NativeClientsThatDetachHaveAllOfTheirMemory) {
+  for (std::uint64_t seed = 1; seed <= 3; ++seed) {
+    World world(seed, Bug::none, Speaks::native);
+    world.act(200);
+    world.rest();
+    world.detach_all();
     world.look_at_everything();
     ASSERT_EQ(world.wrong(), "") << "seed " << seed;
   }
