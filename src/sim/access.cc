@@ -12,7 +12,7 @@ namespace uffdkit::sim {
 namespace {
 
 // How a fault that nobody resolves ends: as a signal in user mode, as EFAULT of the system call in kernel
-// mode.
+// mode. Source: arch/x86/mm/fault.c, do_user_addr_fault(), do_sigbus(), kernelmode_fixup_or_oops().
 Completion refuse(ThreadImpl& thread, const Access& access, FaultAnswer::Kind kind) {
   if (access.kernel_mode) return result(-EFAULT);
   using Kind = FaultAnswer::Kind;
@@ -57,6 +57,7 @@ bool pin_page(ProcessImpl& process, Area& area, Pte& pte, std::uint64_t page) {
 
 }  // namespace
 
+// Source: fs/userfaultfd.c, handle_userfault(); arch/x86/mm/fault.c, fault_signal_pending().
 Operation access_memory(ThreadImpl& thread, Access access) {
   for (;;) {
     AddressSpace& space = *thread.process().space();

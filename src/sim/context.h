@@ -3,7 +3,7 @@
 // The life of a fault: a thread puts itself into `unread` and sleeps; a read moves it to `taken`; a wake
 // takes it out of either. The life of an event: a thread raises `changing`, puts its event into `events` and
 // sleeps; a read takes the event out and makes the thread runnable; `changing` falls when the thread has had
-// its next turn.
+// its next turn. Source: fs/userfaultfd.c, struct userfaultfd_ctx, struct userfaultfd_wait_queue.
 #pragma once
 
 #include <uffdkit/abi.h>

@@ -86,6 +86,7 @@ int new_userfaultfd(Caller& caller, int flags) {
 
 // ---- the device -----------------------------------------------------------------------------------------
 
+// Source: fs/userfaultfd.c, userfaultfd_dev_ioctl().
 int DeviceFile::ioctl(Caller& caller, unsigned long request, std::uintptr_t argument) {
   if (request != abi::kIocNew) return -EINVAL;
   const int flags = static_cast<int>(argument);
@@ -120,6 +121,7 @@ int TextFile::poll() const {
 
 // ---- the table ------------------------------------------------------------------------------------------
 
+// Source: open(2), "the lowest-numbered file descriptor"; getrlimit(2), RLIMIT_NOFILE.
 int DescriptorTable::install(FilePtr file, int flags) {
   int fd = 0;
   for (const auto& [used, entry] : entries_) {

@@ -15,6 +15,7 @@ abi::Msg event_message(std::uint8_t event, std::uint64_t start, std::uint64_t en
   return message;
 }
 
+// Source: fs/userfaultfd.c, userfaultfd_unmap_prep(), has_unmap_ctx().
 void take_away(AddressSpace& space, std::uint64_t start, std::uint64_t end,
                std::vector<UnmapNotice>& notices) {
   if (start == end) return;

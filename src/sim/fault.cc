@@ -156,7 +156,7 @@ FaultAnswer missing_with_cache(AddressSpace& space, Area& area, std::uint64_t pa
 }
 
 // A private mapping of huge pages whose file has no page gets an anonymous one; a page of the file is mapped
-// read-only first, and copied by the write's next fault.
+// read-only first, and copied by the write's next fault. Source: mm/hugetlb.c, hugetlb_no_page().
 FaultAnswer missing_huge(Area& area, AddressSpace& space, std::uint64_t page, bool armed,
                          const FaultRequest& request) {
   if (area.beyond_end(page)) return answer(Kind::refused);

@@ -31,7 +31,8 @@ bool none_or_marker(const Pte* pte) {
 }
 
 // Copying comes before any look at the page table, on small pages: a source that cannot be read is EFAULT
-// even where a page is present.
+// even where a page is present. Source: mm/userfaultfd.c, mfill_atomic_pte_copy(),
+// mfill_atomic_install_pte(); mm/shmem.c, shmem_mfill_atomic_pte().
 int copy_small(AddressSpace& space, Area& area, std::uint64_t page, std::uint64_t src, bool zeros,
                bool armed) {
   auto frame = std::make_shared<Frame>(kSmallPage);
@@ -51,6 +52,7 @@ int copy_small(AddressSpace& space, Area& area, std::uint64_t page, std::uint64_
 }
 
 // A private mapping gets the shared page of zeros, and refuses where even a marker is.
+// Source: mm/userfaultfd.c, mfill_atomic_pte_zeropage().
 int zero_small(AddressSpace& space, Area& area, std::uint64_t page) {
   if (area.shared()) return copy_small(space, area, page, 0, true, false);
   if (area.beyond_end(page)) return -EFAULT;
@@ -60,6 +62,7 @@ int zero_small(AddressSpace& space, Area& area, std::uint64_t page) {
 }
 
 // Maps what the page cache has. In a private mapping it is mapped read-only: a write makes a copy of it.
+// Source: mm/userfaultfd.c, mfill_atomic_pte_continue().
 int resume_page(AddressSpace& space, Area& area, std::uint64_t page, bool armed) {
   // Beyond the end of the file shmem says EINVAL and hugetlbfs that there is no page.
   if (!area.huge() && area.beyond_end(page)) return -EINVAL;
@@ -72,6 +75,7 @@ int resume_page(AddressSpace& space, Area& area, std::uint64_t page, bool armed)
   return 0;
 }
 
+// Source: mm/userfaultfd.c, mfill_atomic_pte_poison().
 int poison_page(AddressSpace& space, Area& area, std::uint64_t page) {
   if (area.beyond_end(page)) return -EFAULT;
   if (space.entry(page) != nullptr) return -EEXIST;

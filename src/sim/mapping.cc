@@ -36,6 +36,7 @@ std::vector<AddressRange> parts_of(AddressSpace& space, std::uint64_t start, std
 
 }  // namespace
 
+// Source: mmap(2), "ERRORS"; mm/mmap.c, do_mmap(); mm/hugetlb.c, hugetlb_reserve_pages().
 std::int64_t map_area(Machine& machine, AddressSpace& space, const MapRequest& request) {
   const std::uint64_t page = page_size(request.memory).bytes().value;
   const std::uint64_t length = round_up(request.length.value, page);
@@ -71,6 +72,8 @@ std::int64_t map_area(Machine& machine, AddressSpace& space, const MapRequest& r
   return static_cast<std::int64_t>(start);
 }
 
+// What a fixed mapping replaces is told of when all is done. Source: mm/vma.c, __mmap_region();
+// fs/userfaultfd.c, userfaultfd_unmap_complete().
 Operation map_memory(ThreadImpl& thread, MapRequest request) {
   AddressSpace& space = *thread.process().space();
   std::vector<UnmapNotice> notices;
@@ -89,6 +92,7 @@ Operation map_memory(ThreadImpl& thread, MapRequest request) {
   co_return result(address);
 }
 
+// Source: mm/vma.c, do_vmi_align_munmap(); mm/mmap.c, __vm_munmap().
 Operation unmap_memory(ThreadImpl& thread, AddressRange range) {
   AddressSpace& space = *thread.process().space();
   const std::uint64_t start = range.start.value;
@@ -105,6 +109,7 @@ Operation unmap_memory(ThreadImpl& thread, AddressRange range) {
   co_return result(0);
 }
 
+// Source: mm/mprotect.c, do_mprotect_pkey(), mprotect_fixup().
 Operation protect_memory(ThreadImpl& thread, AddressRange range, bool readable, bool writable) {
   AddressSpace& space = *thread.process().space();
   const std::uint64_t start = range.start.value;

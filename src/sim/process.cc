@@ -114,6 +114,7 @@ void ProcessImpl::unpin() {
   pinned_.clear();
 }
 
+// Source: unix(7), SCM_RIGHTS.
 int ProcessImpl::pass_descriptor(int fd, Process& to) {
   FilePtr file = descriptors_->file(fd);
   if (!file) return -EBADF;
@@ -128,6 +129,8 @@ void ProcessImpl::end_threads() {
   for (const auto& thread : threads_) thread->end();
 }
 
+// No event tells of it; userfaultfds of others find that the memory is gone. Source: mm/mmap.c, exit_mmap();
+// fs/userfaultfd.c, mmget_not_zero() in its ioctls.
 void ProcessImpl::kill() {
   if (!alive_) return;
   alive_ = false;

@@ -74,6 +74,8 @@ int ioctl_api(Caller& caller, Context& context, std::uintptr_t argument) {
   return 0;
 }
 
+// Source: ioctl_userfaultfd(2), UFFDIO_REGISTER; fs/userfaultfd.c, userfaultfd_register(),
+// userfaultfd_register_range().
 int ioctl_register(Caller& caller, Context& context, std::uintptr_t argument) {
   abi::RegisterArgs args;
   if (!copy_from_host(&args, argument, offsetof(abi::RegisterArgs, ioctls))) return -EFAULT;
@@ -120,7 +122,7 @@ int ioctl_unregister(Caller& caller, Context& context, std::uintptr_t argument) 
   const std::vector<Area*> areas = space->in_range(args.start, end);
   if (areas.empty() || starts_inside_huge_page(*areas.front(), args.start)) return -EINVAL;
   // Since 6.17 another's ranges are left alone; before, whoever held any userfaultfd of the process could
-  // take them.
+  // take them. Source: fs/userfaultfd.c, userfaultfd_unregister().
   const bool foreign_refused = caller.options.version >= Version{6, 17};
   for (const Area* area : areas) {
     if (!can_register(*area, area->modes, context, caller.options.version)) return -EINVAL;
