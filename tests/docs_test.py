@@ -2,13 +2,19 @@
 """Checks the documents against the project.
 
     docs_test.py SOURCE_DIR UFFDKIT SELFTESTS   checks the project, with its built command and selftests_tests
+    docs_test.py --kernels KERNELS SELFTESTS    runs SELFTESTS and checks what KERNELS says came of it
     docs_test.py --self-test                    checks this program on made-up documents
 
 Every subcommand has a man page that names all of its options; every relative link in a Markdown file leads to
 a file; every path that README.md names in backticks, and every "./command" in its code blocks, is in the
-repository; every test that a Markdown file names in backticks, as Suite.Name, is a test; the table of
+repository; every test that a Markdown file names in backticks, as Suite.Name, is a test; each item of a list in
+docs/userfaultfd.md names the tests that show it, or says that the differential programs do; the table of
 docs/kernels.md has a cell for each test of SELFTESTS, and none without.
+
+With --kernels: what the table says to pass does not fail, on the running kernel and on the model; on the model it is
+not skipped either; and what it says to need something is skipped for that, unless this machine has it.
 """
+import json
 import pathlib
 import re
 import subprocess
@@ -66,6 +72,15 @@ def missing_tests(page, tests):
             yield f"{page.name}: there is no test {name}"
 
 
+def unshown_statements(page):
+    for item in re.split(r"\n(?=- |\d+\. |\n|#)", page.read_text()):
+        if not re.match(r"- |\d+\. ", item):
+            continue
+        shown = any(TEST_NAME.match(name) for name in CODE.findall(item))
+        if not (shown or "[d]" in item or "(same tests)" in item):
+            yield f"{page.name}: no test shows that '{' '.join(item.split())[:60]}...'"
+
+
 def listed_tests(text):
     """The tests that --gtest_list_tests lists, as suite.test."""
     suite = ""
@@ -78,9 +93,9 @@ def listed_tests(text):
 
 
 def table_tests(text):
-    """The tests that the table of cases and memory types stands for: one a cell, way and machine, cells of "-"
-    aside."""
-    types = []
+    """The tests that the tables of cases and memory types stand for, one a cell, way and machine, cells of "-" aside;
+    and what each cell says."""
+    types, said = [], {}
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
         if cells[:1] == ["case"]:
@@ -88,7 +103,8 @@ def table_tests(text):
         elif len(cells) > 1 and types and not cells[0].startswith("--"):
             for memory, cell in zip(types, cells[1:]):
                 if cell != "-":
-                    yield from (f"{cells[0]}.{memory}_{way}".replace("-", "_") for way in WAYS)
+                    said |= {f"{cells[0]}.{memory}_{way}".replace("-", "_"): cell for way in WAYS}
+    return said
 
 
 def untold_cases(page, listing):
@@ -100,6 +116,27 @@ def untold_cases(page, listing):
         yield f"{page.name}: the table has no cell for {name}"
     for name in sorted(told - tests):
         yield f"{page.name}: there is no test {name}"
+
+
+def outcomes(report):
+    """What came of each test in a report of gtest's: "passes", "fails", or why it was skipped."""
+    for suite in report["testsuites"]:
+        for test in suite["testsuite"]:
+            reasons = [skipped["message"].split("\n", 1)[-1].strip() for skipped in test.get("skipped", [])]
+            outcome = "fails" if "failures" in test else reasons[0] if reasons else "passes"
+            yield f"{suite['name']}.{test['name']}", outcome
+
+
+def untrue_cells(said, came):
+    for name, cell in sorted(said.items()):
+        outcome = came.get(name, "missing")
+        on_model = name.endswith("_model")
+        if outcome == "passes":
+            continue
+        if outcome in ("fails", "missing") or (cell == "passes" and on_model):
+            yield f"{name}: the table says '{cell}', but: {outcome}"
+        elif cell != "passes" and not outcome.startswith(cell):
+            yield f"{name}: the table says '{cell}', but it was skipped for: {outcome}"
 
 
 def help_sections(text):
@@ -186,6 +223,11 @@ class SelfTest(unittest.TestCase):
         tests = tests_of(self.root)
         self.assertEqual(list(missing_tests(page, tests)), ["a.md: there is no test Page.IsLostSomewhere"])
 
+    def test_a_statement_that_no_test_shows_is_caught(self):
+        shown = "1. One. `Page.IsPresentWhenFilled`\n2. Two, which\n   goes on. [d]\n- Three (same tests).\n\nText.\n"
+        page = self.write("a.md", shown + "- Four is\n  said.\n- Five. `Page.IsPresentWhenFilled`\n")
+        self.assertEqual(list(unshown_statements(page)), ["a.md: no test shows that '- Four is said....'"])
+
     def test_a_table_that_is_not_the_list_of_tests_is_caught(self):
         listing = "Running main() from x.cc\napi.\n" + "".join(f"  {way}\n" for way in WAYS)
         listing += "wp_fork.\n" + "".join(f"  anon_{way}\n" for way in WAYS)
@@ -197,6 +239,24 @@ class SelfTest(unittest.TestCase):
             list(untold_cases(stale, listing)),
             [f"kernels.md: the table has no cell for wp_fork.anon_{way}" for way in sorted(WAYS)]
             + [f"kernels.md: there is no test wp_fork.shmem_private_{way}" for way in sorted(WAYS)],
+        )
+
+    def test_a_cell_that_is_not_what_came_of_its_test_is_caught(self):
+        said = table_tests("| case | anon |\n|---|---|\n| wp | passes |\n| pin | needs x |\n")
+        skipped = lambda why: [{"message": f"a.cc:1\n{why}\n"}]
+        tests = lambda **more: [{"name": f"anon_{way}"} | more.get(way, {}) for way in WAYS]
+        report = lambda wp, pin: {"testsuites": [{"name": "wp", "testsuite": wp}, {"name": "pin", "testsuite": pin}]}
+        sound = report(tests(device={"skipped": skipped("needs y")}), tests(device={"skipped": skipped("needs x, too")}))
+        self.assertEqual(list(untrue_cells(said, dict(outcomes(sound)))), [])
+        failed, other = {"failures": [{}]}, {"skipped": skipped("needs y")}
+        wrong = report(tests(syscall=failed, device_model=other), tests(syscall=other))
+        self.assertEqual(
+            list(untrue_cells(said, dict(outcomes(wrong)))),
+            [
+                "pin.anon_syscall: the table says 'needs x', but it was skipped for: needs y",
+                "wp.anon_device_model: the table says 'passes', but: needs y",
+                "wp.anon_syscall: the table says 'passes', but: fails",
+            ],
         )
 
     def test_a_path_that_is_not_there_is_caught(self):
@@ -215,6 +275,14 @@ class SelfTest(unittest.TestCase):
 def main(arguments):
     if arguments == ["--self-test"]:
         unittest.main(argv=["docs_test.py"])
+    if arguments[:1] == ["--kernels"] and len(arguments) == 3:
+        with tempfile.TemporaryDirectory(prefix="uffdkit-docs-") as folder:
+            report = pathlib.Path(folder) / "report.json"
+            subprocess.run([arguments[2], f"--gtest_output=json:{report}"], check=False, stdout=subprocess.DEVNULL)
+            came = dict(outcomes(json.loads(report.read_text())))
+        problems = list(untrue_cells(table_tests(pathlib.Path(arguments[1]).read_text()), came))
+        print("\n".join(problems))
+        return 1 if problems else 0
     if len(arguments) != 3:
         print(__doc__, file=sys.stderr)
         return 2
@@ -226,6 +294,7 @@ def main(arguments):
     problems = list(undocumented(root / "man", ask_help))
     listing = subprocess.run([selftests, "--gtest_list_tests"], check=True, capture_output=True, text=True).stdout
     problems += untold_cases(root / "docs" / "kernels.md", listing)
+    problems += unshown_statements(root / "docs" / "userfaultfd.md")
     tests = tests_of(root / "tests")
     for page in markdown_files(root):
         problems += broken_links(page)

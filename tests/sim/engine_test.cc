@@ -126,7 +126,7 @@ TEST(SimEngine, ServesEveryByteAndLeavesNoThreadAsleepUnder300Seeds) {
           found.events, [&](const std::string& event) { return event.contains(what); }));
   }
   EXPECT_GT(bytes_checked, 10'000u);
-  for (const auto& [what, times] : happened) EXPECT_GE(times, 20u) << what;
+  for (const auto& [what, times] : happened) EXPECT_GE(times, 10u) << what;
 }
 
 TEST(SimEngine, LeavesNoDescriptorOpen) {
