@@ -29,7 +29,10 @@ UffdNeeds needs() {
 }
 
 Uffd create_uffd() {
-  Result<Uffd> uffd = Uffd::create(needs());
+  UffdNeeds needed = needs();
+  // A client that has become a user without rights touches its memory itself.
+  if (geteuid() != 0) needed.kernel_faults = false;
+  Result<Uffd> uffd = Uffd::create(needed);
   if (!uffd) throw std::runtime_error(uffd.error().text());
   return std::move(*uffd);
 }
