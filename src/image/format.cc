@@ -217,6 +217,7 @@ Result<void> check_frames(const Record& record, std::span<const FrameEntry> fram
     if (frame.bytes == 0 || frame.bytes > stream_bytes - stream)
       return damaged(
           fmt::format("frame {} has {} bytes, where {} are left", i, frame.bytes, stream_bytes - stream));
+    if (frame.compressed_bytes == 0) return damaged(fmt::format("frame {} takes no bytes", i));
     if (frame.compressed_bytes > data_bytes - at)
       return damaged(fmt::format("frame {} ends behind the data", i));
     if (frame.bytes > record.frame_bytes) {
@@ -381,7 +382,8 @@ Result<std::uint64_t> decode_record_length(std::span<const std::byte, 8> tail, s
   if (get<std::uint32_t>(tail, 4) != kTailMagic)
     return Failure(Error("there is no uffdkit record before the seek table", EBADMSG)
                        .with_remedy("it was made by another program: uffdkit image convert --zstd"));
-  if (bytes > end) return damaged(fmt::format("a record of {} bytes does not fit into the file", bytes));
+  if (bytes < kSkippableHeaderBytes + kFixedBytes + kTailBytes || bytes > end)
+    return damaged(fmt::format("a record of {} bytes is too short, or does not fit into the file", bytes));
   return bytes;
 }
 

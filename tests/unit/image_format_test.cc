@@ -118,6 +118,8 @@ TEST(ImageFormat, TablesThatContradictEachOtherAreRefusedWithTheReason) {
   EXPECT_TRUE(contains(complaint(whole, [](Sample& s) { s.data_bytes += 1; }), "the frames end at byte"));
   EXPECT_TRUE(contains(complaint(whole, [](Sample& s) { s.frames.pop_back(); }), "where 409600 belong"));
   EXPECT_TRUE(contains(complaint(whole, [](Sample& s) { s.frames[0].bytes = 0; }), "frame 0 has 0 bytes"));
+  EXPECT_TRUE(contains(complaint(whole, [](Sample& s) { s.frames[0].compressed_bytes = 0; }),
+                       "frame 0 takes no bytes"));
   EXPECT_TRUE(
       contains(complaint(whole, [](Sample& s) { std::swap(s.frames[0], s.frames[1]); }), "is not all zero"));
   EXPECT_TRUE(
@@ -178,6 +180,17 @@ TEST(ImageFormat, AFooterThatClaimsMoreThanTheFileHasIsRefused) {
   read_footer();
   footer[8] ^= std::byte{1};
   EXPECT_FALSE(decode_footer(footer, 1 << 20));
+}
+
+TEST(ImageFormat, ARecordThatIsShorterThanOneOrLongerThanTheFileIsRefused) {
+  const Bytes record = record_of(Sample());
+  std::array<std::byte, 8> tail;
+  std::memcpy(tail.data(), record.data() + record.size() - tail.size(), tail.size());
+  EXPECT_EQ(*decode_record_length(tail, 1 << 20), record.size());
+  EXPECT_FALSE(decode_record_length(tail, record.size() - 1));
+  std::memset(tail.data(), 0, 4);
+  EXPECT_FALSE(decode_record_length(tail, 1 << 20));
+  EXPECT_FALSE(decode_record_length(std::array<std::byte, 8>{}, 1 << 20));
 }
 
 TEST(ImageFormat, MemoryIsNotTakenForAnImageByWhatAGuestHasWritten) {
