@@ -21,7 +21,7 @@ struct Free {
 // What a thread decompresses with, made when it does so first.
 struct Scratch {
   std::unique_ptr<ZSTD_DCtx, Free> context{ZSTD_createDCtx()};
-  std::vector<std::byte> compressed;
+  std::vector<std::byte> buffer;  // for a frame as it is in the file; as long as the longest so far
 };
 
 Scratch& scratch() {
@@ -122,20 +122,22 @@ Result<ReadStatus> ImageFile::read_stream(std::uint64_t from, std::span<std::byt
 
 Result<ReadStatus> ImageFile::decode_frame(std::size_t frame, std::span<std::byte> to, Wait wait) noexcept {
   Scratch& with = scratch();
-  with.compressed.resize(file_starts_[frame + 1] - file_starts_[frame]);
-  Result<ReadStatus> read = frames_->read(StoreOffset(file_starts_[frame]), with.compressed, wait);
+  const std::size_t compressed_bytes = file_starts_[frame + 1] - file_starts_[frame];
+  if (with.buffer.size() < compressed_bytes) with.buffer.resize(compressed_bytes);
+  const auto compressed = std::span(with.buffer).first(compressed_bytes);
+  Result<ReadStatus> read = frames_->read(StoreOffset(file_starts_[frame]), compressed, wait);
   if (!read || *read != ReadStatus::done) return read;
   if (is_long(frame)) {
     // Only one sequence of bytes is accepted there, so it need not be decompressed.
     const auto bytes = static_cast<std::uint32_t>(frame_bytes(frame));
-    if (!std::ranges::equal(with.compressed, encode_zero_frame(bytes)))
+    if (!std::ranges::equal(compressed, encode_zero_frame(bytes)))
       return damaged(frame, "it is not all zero");
     if (checksum_of_zeros(bytes) != checksums_[frame]) return damaged(frame, "its checksum is wrong");
     return ReadStatus::done;
   }
   CHECK(to.size() == frame_bytes(frame));
-  const std::size_t bytes = ZSTD_decompressDCtx(with.context.get(), to.data(), to.size(),
-                                                with.compressed.data(), with.compressed.size());
+  const std::size_t bytes =
+      ZSTD_decompressDCtx(with.context.get(), to.data(), to.size(), compressed.data(), compressed.size());
   if (ZSTD_isError(bytes) != 0) return damaged(frame, ZSTD_getErrorName(bytes));
   if (bytes != to.size()) return damaged(frame, fmt::format("it has {} bytes, not {}", bytes, to.size()));
   if (checksum_of(to) != checksums_[frame]) return damaged(frame, "its checksum is wrong");

@@ -1,0 +1,27 @@
+#include "tool/progress_bar.h"
+
+#include <gtest/gtest.h>
+
+namespace uffdkit::tool {
+namespace {
+
+constexpr std::uint64_t kGiB = 1u << 30;
+
+TEST(ProgressBar, ShowsHowFarItIsHowFastItGoesAndHowLongItTakesStill) {
+  EXPECT_EQ(progress_line("create", kGiB, 4 * kGiB, 2),
+            "create [#######                       ]  25 %, 1.0 GiB of 4.0 GiB, 512.0 MiB/s, 6 s left");
+  EXPECT_EQ(progress_line("create", 4 * kGiB, 4 * kGiB, 8),
+            "create [##############################] 100 %, 4.0 GiB of 4.0 GiB, 512.0 MiB/s");
+}
+
+TEST(ProgressBar, ShowsNoEndWhereNoneIsKnown) {
+  EXPECT_EQ(progress_line("convert", 3 << 20, 0, 2), "convert 3.0 MiB, 1.5 MiB/s");
+}
+
+TEST(ProgressBar, NeedsNoTimeToHavePassed) {
+  EXPECT_EQ(progress_line("verify", 0, kGiB, 0),
+            "verify [                              ]   0 %, 0 bytes of 1.0 GiB, 0 bytes/s");
+}
+
+}  // namespace
+}  // namespace uffdkit::tool
