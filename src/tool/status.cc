@@ -84,6 +84,11 @@ void print(const nlohmann::json& status) {
   for (const auto& image : status.at("shared_images"))
     fmt::print("shares {} of {} of {}\n", bytes_text(number(image, "filled_pages") * 4096),
                bytes_text(number(image, "bytes")), image.value("image", ""));
+  if (const nlohmann::json& cache = status.at("image_cache"); number(cache, "decoded") != 0)
+    fmt::print("keeps {} of {} of decompressed images: {} frames, {} hits, {} decompressed, {} damaged\n",
+               bytes_text(number(cache, "bytes")), bytes_text(number(cache, "bytes_max")),
+               number(cache, "frames"), number(cache, "hits"), number(cache, "decoded"),
+               number(cache, "failed"));
   if (sessions.empty()) return;
   const std::vector<Line> lines = as_tree(sessions);
   std::size_t width = 6;
