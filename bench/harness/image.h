@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <vector>
 
 namespace uffdkit::bench {
 
@@ -18,5 +19,15 @@ constexpr std::uint64_t stamp(std::uint64_t page) {
 void write_image(const std::string& path, std::uint64_t pages);
 // Writes a sparse image of `bytes` bytes, in which only `data` are pages of data.
 void write_sparse_image(const std::string& path, std::uint64_t bytes, std::span<const std::uint64_t> data);
+// The same with the bytes of this machine's program files in the place of memory, each page's first word
+// aside: they compress as well as memory does, which is code, pointers, text and zeros too.
+void write_program_image(const std::string& path, std::uint64_t pages);
+
+// Takes the file out of the page cache, as far as the kernel lets it.
+void drop_from_page_cache(const std::string& path);
+
+// Has `uffdkit image create` make the image `to` of the raw file `from`; seconds that it took.
+double create_image(const std::string& uffdkit, const std::string& from, const std::string& to,
+                    const std::vector<std::string>& options);
 
 }  // namespace uffdkit::bench

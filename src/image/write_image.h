@@ -14,7 +14,10 @@
 
 namespace uffdkit::image {
 
-inline constexpr int kLevelDefault = 3;
+// zstd's levels that are worth it here: those below zero are faster still.
+inline constexpr int kLevelMin = -7;
+inline constexpr int kLevelMax = 19;
+inline constexpr int kLevelDefault = -1;
 
 // Told now and then on the calling thread: bytes done, and of how many; 0 if that is not known.
 using Progress = std::function<void(std::uint64_t done, std::uint64_t all)>;
@@ -27,7 +30,7 @@ struct Parent {
 
 struct WriteOptions {
   std::uint32_t frame_bytes = kFrameBytesDefault;  // a power of two, kFrameBytesMin to kFrameBytesMax
-  int level = kLevelDefault;                       // zstd's, 1 to 19
+  int level = kLevelDefault;                       // kLevelMin to kLevelMax
   unsigned threads = 0;                            // 0: one for each CPU
   bool replace = false;                            // a file that is there
   Progress progress = {};

@@ -52,8 +52,8 @@ void add_output_options(CLI::App& command, OutputOptions& options) {
       ->transform(CLI::AsSizeValue(false))
       ->check(CLI::IsMember({16u << 10, 32u << 10, 64u << 10, 128u << 10, 256u << 10}))
       ->default_str("64K");
-  command.add_option("--level", options.level, "zstd's level, 1 (fast) to 19 (small)")
-      ->check(CLI::Range(1, 19))
+  command.add_option("--level", options.level, "zstd's level, -7 (fast) to 19 (small)")
+      ->check(CLI::Range(image::kLevelMin, image::kLevelMax))
       ->capture_default_str();
   add_threads_option(command, options.threads);
   command.add_flag("--force", options.force, "Replace OUT if it is there");
