@@ -29,8 +29,9 @@ constexpr std::uint64_t kScannedPerRun = 1u << 16;  // page states looked at in 
 constexpr PageCount kPopulateGranules{64};          // 256 KiB: COPY gains nothing from longer runs
 constexpr unsigned kNoMemoryAttemptsMax = 2000;     // about ten seconds
 
-// How long a fault is put off the first time, and at most. The kernel refuses for as long as the client's
-// thread that changes the address space has not run again, which was seen to take a millisecond.
+// How long a fault, or bringing everything in, is put off the first time, and at most. The kernel refuses for
+// as long as the client's thread that changes the address space has not run again, which was seen to take a
+// millisecond.
 constexpr std::int64_t kPutOffFirstNs = 100'000;
 constexpr std::int64_t kPutOffMaxNs = 5'000'000;
 
@@ -83,6 +84,10 @@ Error no_memory_for(Address page) {
 // One more than before. Only the session's owner writes, so no locked instruction is needed.
 void add(std::atomic<std::uint64_t>& counter, std::uint64_t count = 1) {
   counter.store(counter.load(std::memory_order_relaxed) + count, std::memory_order_relaxed);
+}
+
+std::int64_t put_off_ns(unsigned attempts) {
+  return std::min(kPutOffFirstNs << std::min(attempts, 8u), kPutOffMaxNs);
 }
 
 PageCount granules_per_page(const Segment& segment) {
@@ -636,9 +641,7 @@ Session::Served Session::serve_outside(Pending& pending, PageSize page_size) {
 
 Session::Served Session::put_off(Pending& pending) {
   add(counters_.retries);
-  const std::int64_t delay = std::min(kPutOffFirstNs << std::min(pending.attempts, 8u), kPutOffMaxNs);
-  ++pending.attempts;
-  pending.not_before_ns = host_.now_ns() + delay;
+  pending.not_before_ns = host_.now_ns() + put_off_ns(pending.attempts++);
   return Served::put_off;
 }
 
@@ -1115,7 +1118,7 @@ bool Session::condemn_run(const Segment& segment, PageIndex first, PageIndex end
       return true;
     case Stop::changing:
     case Stop::no_memory:
-      populate_not_before_ns_ = host_.now_ns() + kPutOffMaxNs;
+      put_off_populating();
       return false;
     case Stop::gone:
       finish(SessionEnd::gone);
@@ -1163,17 +1166,22 @@ bool Session::populate_run(const Segment& segment, PageRange run) {
 bool Session::populate_by_fetch(const Segment& segment, PageRange run) {
   if (!may_fetch(segment.region)) return false;
   if (start_fetch(segment, run) != 0) return true;
-  populate_not_before_ns_ = host_.now_ns() + kPutOffMaxNs;
+  put_off_populating();
   return false;
+}
+
+void Session::put_off_populating() {
+  populate_not_before_ns_ = host_.now_ns() + put_off_ns(populate_attempts_++);
 }
 
 bool Session::populated(Put put, const Segment& segment, PageRange run) {
   switch (put) {
     case Put::done:
+      populate_attempts_ = 0;
       return true;
     case Put::put_off:
     case Put::no_memory:
-      populate_not_before_ns_ = host_.now_ns() + kPutOffMaxNs;
+      put_off_populating();
       return false;
     case Put::failed:
       return poison_what_is_missing(segment, run);
@@ -1201,7 +1209,7 @@ bool Session::poison_what_is_missing(const Segment& segment, PageRange run) {
       continue;
     }
     state_.table(segment.region).set({first, page}, PageState::absent);
-    populate_not_before_ns_ = host_.now_ns() + kPutOffMaxNs;
+    put_off_populating();
     return false;
   }
   return true;

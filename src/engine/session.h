@@ -296,6 +296,7 @@ class Session {
   bool populate_run(const Segment& segment, PageRange run);
   bool populate_by_fetch(const Segment& segment, PageRange run);
   bool populated(Put put, const Segment& segment, PageRange run);
+  void put_off_populating();
   bool poison_what_is_missing(const Segment& segment, PageRange run);
   void unregister_all();
   // All of the registered mapping that these pages lie in. Nothing: that cannot be told while the client
@@ -338,6 +339,7 @@ class Session {
   bool populate_again_ = false;  // something could not be brought in the pass that is under way
   Address populate_from_{0};
   std::int64_t populate_not_before_ns_ = 0;
+  unsigned populate_attempts_ = 0;    // how often it was put off in a row
   std::optional<SessionEnd> ending_;  // everything is unregistered, but ends_
   struct LastPage {
     AddressRange memory;

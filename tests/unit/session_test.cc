@@ -838,6 +838,24 @@ TEST_F(SessionTest, DetachingBringsEverythingAndUnregisters) {
   }
 }
 
+TEST_F(SessionTest, DetachingThatIsPutOffIsTriedAgainSoonAndThenLessOften) {
+  kernel_.changing = true;
+  session_.begin_detach(Unreadable::poison);
+  Session::Next next = settle();
+  std::int64_t pause = next.wake_at_ns - host_.now;
+  EXPECT_LE(pause, kMillisecond / 10);
+  for (int times = 0; times < 10; ++times) {
+    host_.now = next.wake_at_ns;
+    next = settle();
+    EXPECT_GE(next.wake_at_ns - host_.now, pause);
+    pause = next.wake_at_ns - host_.now;
+  }
+  EXPECT_EQ(pause, 5 * kMillisecond);
+  kernel_.changing = false;
+  run_out();
+  EXPECT_EQ(session_.end(), SessionEnd::detached);
+}
+
 TEST_F(SessionTest, DetachingPoisonsWhatCannotBeRead) {
   store_->bad = {100};
   session_.begin_detach(Unreadable::poison);
