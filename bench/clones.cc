@@ -30,6 +30,7 @@ namespace {
 struct Settings {
   std::uint64_t mib = 256;
   unsigned clones = 50;
+  unsigned percent = 100;
 };
 
 struct Contender {
@@ -61,9 +62,9 @@ std::uint64_t proportional_kib(pid_t pid) {
 
 // A clone in a process of its own, which stays until the test::Child is destroyed.
 std::unique_ptr<test::Child> start_clone(const Contender& contender, const std::string& socket,
-                                         const std::vector<std::uint64_t>& order) {
+                                         std::uint64_t pages, const std::vector<std::uint64_t>& order) {
   return std::make_unique<test::Child>([&](const test::Channel& channel) {
-    const std::size_t bytes = order.size() * kPageBytes;
+    const std::size_t bytes = pages * kPageBytes;
     if (contender.attach) {
       const Result<RemoteMapping> memory = attach(socket, "image", *contender.attach);
       if (!memory) throw std::runtime_error(memory.error().text());
@@ -112,9 +113,11 @@ void measure(const Options& options, const Settings& settings, Report& report) {
 
   report.table(
       "clones",
-      fmt::format("Clones of an image of {} MiB in the page cache, one after another; each reads a word of "
-                  "every page at random, and stays. Milliseconds; faults that reach the manager.",
-                  mib),
+      fmt::format(
+          "Clones of an image of {} MiB in the page cache, one after another; each reads a word of "
+          "{} % of the pages, the same for all, at random, and stays. Milliseconds; faults that reach "
+          "the manager.",
+          mib, settings.percent),
       {{"contender", "memory"},
        {"mode", "mode"},
        {"clones", "clones", 0},
@@ -123,33 +126,43 @@ void measure(const Options& options, const Settings& settings, Report& report) {
        {"last_ms", "last ms", 1},
        {"first_faults", "faults of first", 0},
        {"last_faults", "of last", 0},
-       {"together_mib", "all together PSS MiB", 1}});
+       {"first_mib", "PSS of first MiB", 1},
+       {"together_mib", "of all", 1},
+       {"together_ratio", "all / first", 2}});
   for (const Contender& contender : contenders) {
     const test::TempDir directory;
     const std::string socket = directory / "native.sock";
     const test::ManagerProcess manager(directory, {"--listen", socket, "--image", "image=" + image});
     Random random(5);
+    std::vector<std::uint64_t> read = shuffled(pages, random);
+    read.resize(pages * settings.percent / 100);
+    std::uint64_t first_kib = 0;
     std::vector<std::unique_ptr<test::Child>> all;
     std::vector<double> ms;
     std::vector<std::uint64_t> faults;
     std::uint64_t mode = 0;
     for (unsigned i = 0; i < contender.clones; ++i) {
-      const std::vector<std::uint64_t> order = shuffled(pages, random);
+      std::vector<std::uint64_t> order;
+      for (const std::uint64_t index : shuffled(read.size(), random)) order.push_back(read[index]);
       const std::uint64_t before = manager.total("faults");
-      all.push_back(start_clone(contender, socket, order));
+      all.push_back(start_clone(contender, socket, pages, order));
       mode = all.back()->channel().receive();
       ms.push_back(static_cast<double>(all.back()->channel().receive()) / 1e6);
       faults.push_back(manager.total("faults") - before);
+      if (i == 0) first_kib = proportional_kib(all.front()->pid());
     }
     std::uint64_t together_kib = 0;
     for (const auto& clone : all) together_kib += proportional_kib(clone->pid());
-    nlohmann::ordered_json row = {{"contender", contender.name},
-                                  {"mode", mode_name(mode)},
-                                  {"clones", contender.clones},
-                                  {"first_ms", ms[0]},
-                                  {"second_ms", ms[1]},
-                                  {"last_ms", ms.back()},
-                                  {"together_mib", static_cast<double>(together_kib) / 1024}};
+    nlohmann::ordered_json row = {
+        {"contender", contender.name},
+        {"mode", mode_name(mode)},
+        {"clones", contender.clones},
+        {"first_ms", ms[0]},
+        {"second_ms", ms[1]},
+        {"last_ms", ms.back()},
+        {"first_mib", static_cast<double>(first_kib) / 1024},
+        {"together_mib", static_cast<double>(together_kib) / 1024},
+        {"together_ratio", static_cast<double>(together_kib) / static_cast<double>(first_kib)}};
     if (contender.attach) {
       row["first_faults"] = faults.front();
       row["last_faults"] = faults.back();
@@ -169,6 +182,9 @@ int main(int argc, char** argv) {
       [&](CLI::App& app) {
         app.add_option("--mib", settings.mib, "Size of the image in MiB")
             ->check(CLI::Range(1, 1 << 16))
+            ->capture_default_str();
+        app.add_option("--percent", settings.percent, "How much of the image each clone reads")
+            ->check(CLI::Range(1, 100))
             ->capture_default_str();
         app.add_option("--clones", settings.clones, "Number of clones")
             ->check(CLI::Range(2, 1000))

@@ -41,6 +41,7 @@ struct Contender {
   std::string name;
   std::function<void(const test::ClientMemory&)> flood;  // none: alone
   bool stalls = false;                                   // its store does not answer meanwhile
+  bool is_quiet = false;  // it asks the manager for nothing, but takes time of the quiet one's CPU
   std::vector<double> p50_ns = {};
   std::vector<double> p99_ns = {};
   std::vector<std::uint32_t> all_ns = {};
@@ -109,11 +110,13 @@ class Turns {
     if (contender.flood) {
       flood.reset(new test::Child(test::client(flooded_, test::whole(flooded_), socket_,
                                                [&](const test::ClientMemory& memory, const test::Channel&) {
-                                                 pin(0, placement_.client_cpu);
+                                                 pin(0, contender.is_quiet ? placement_.server_cpu
+                                                                           : placement_.client_cpu);
                                                  contender.flood(memory);
                                                })));
       const std::uint64_t calm = messages(control_);
-      wait_until("the client floods", [&] { return messages(control_) > calm + 100; });
+      const std::uint64_t begun = contender.is_quiet ? 0 : 100;
+      wait_until("the client floods", [&] { return messages(control_) >= calm + begun; });
     }
     const std::uint64_t messages_before = messages(control_);
     const std::uint64_t cpu_before = cpu_ns(manager_->pid());
@@ -141,9 +144,20 @@ class Turns {
   std::unique_ptr<Client> quiet_;
 };
 
+// As much of a CPU as a program takes that does some work for each of many requests: half of it, in pieces of
+// some microseconds.
+void work_half_of_the_time(const test::ClientMemory&) {
+  while (true) {
+    const std::int64_t begin = monotonic_ns();
+    while (monotonic_ns() - begin < 50'000) continue;
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+}
+
 void measure(const Options& options, Report& report) {
   std::vector<Contender> all = {
       {.name = "alone", .flood = {}},
+      {.name = "a process that uses half of its CPU", .flood = work_half_of_the_time, .is_quiet = true},
       {.name = "duplicates: 4 threads with a signal", .flood = test::fault_under_signals, .stalls = true},
       {.name = "removals: 4 threads give back", .flood = test::give_back_for_ever},
       {.name = "faults: 32 threads touch and give back", .flood = test::fault_for_ever}};
