@@ -117,6 +117,7 @@ Result<void> Session::add_region(AddressRange memory, StoreOffset offset, PageSi
   serving_.resize(state_.regions().size());
   serving_[*id] = {
       .lane = std::move(lane), .serial = ++last_serial_, .tag = tag, .shared = std::move(sharing.image)};
+  populate_again_from(memory.start);
   forget_dropped_regions();
   return {};
 }
@@ -429,8 +430,10 @@ void Session::apply(const RemoveEvent& event) {
   add(counters_.events);
   for (const RegionPart& part : state_.layout().parts_in(event.range)) {
     // There the kernel shows what is in the image's memory, now and later: so do we.
-    if (state_.regions()[part.region].sharing != SharingMode::page_cache)
-      state_.table(part.region).set(part.granules, PageState::removed);
+    const SharingMode sharing = state_.regions()[part.region].sharing;
+    if (sharing != SharingMode::page_cache) state_.table(part.region).set(part.granules, PageState::removed);
+    // That has to become zero before the memory is left to itself.
+    if (sharing == SharingMode::resolve) populate_again_from(event.range.start);
     add(counters_.pages_removed, part.granules.count.value);
   }
 }
@@ -444,6 +447,7 @@ void Session::apply(const UnmapEvent& event) {
 void Session::apply(const RemapEvent& event) {
   add(counters_.events);
   if (auto moved = state_.move(event.from, event.to); !moved) fail(moved.error().message());
+  populate_again_from(event.to);
   forget_dropped_regions();
 }
 
@@ -1168,6 +1172,10 @@ bool Session::populate_by_fetch(const Segment& segment, PageRange run) {
   if (start_fetch(segment, run) != 0) return true;
   put_off_populating();
   return false;
+}
+
+void Session::populate_again_from(Address address) {
+  populate_from_ = std::min(populate_from_, address);
 }
 
 void Session::put_off_populating() {

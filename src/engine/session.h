@@ -297,6 +297,8 @@ class Session {
   bool populate_by_fetch(const Segment& segment, PageRange run);
   bool populated(Put put, const Segment& segment, PageRange run);
   void put_off_populating();
+  // There is something to bring again, or for the first time, from this address on.
+  void populate_again_from(Address address);
   bool poison_what_is_missing(const Segment& segment, PageRange run);
   void unregister_all();
   // All of the registered mapping that these pages lie in. Nothing: that cannot be told while the client

@@ -856,6 +856,19 @@ TEST_F(SessionTest, DetachingThatIsPutOffIsTriedAgainSoonAndThenLessOften) {
   EXPECT_EQ(session_.end(), SessionEnd::detached);
 }
 
+TEST_F(SessionTest, DetachingBringsWhatIsMovedMeanwhileToWhereItHasBeen) {
+  session_.begin_detach(Unreadable::poison);
+  session_.step();
+  ASSERT_TRUE(at(5));
+  ASSERT_FALSE(at(1000));
+  kernel_.unmap(pages(5));
+  kernel_.moved(pages(1000), pages(5).start);
+  kernel_.unmap(pages(1000));
+  run_out();
+  EXPECT_EQ(session_.end(), SessionEnd::detached);
+  EXPECT_EQ(at(5), tag_of(1000));
+}
+
 TEST_F(SessionTest, DetachingPoisonsWhatCannotBeRead) {
   store_->bad = {100};
   session_.begin_detach(Unreadable::poison);
