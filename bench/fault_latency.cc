@@ -23,7 +23,7 @@ constexpr std::uint64_t kPagesPerTouch = 32;
 constexpr unsigned kTouchesPerTurn = 50;
 
 struct Settings {
-  std::vector<std::string> spin_us = {"50"};
+  std::vector<std::string> spin_us = {"0"};
   std::vector<std::string> workers = {"1", "8", "16"};
   std::string other;
 };

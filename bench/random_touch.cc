@@ -23,7 +23,7 @@ struct Settings {
   // Options of uffdkit serve, without their dashes; the first is what the others are compared with.
   std::vector<std::string> variants = {
       "fault-around=1",  "fault-around=8",   "fault-around=16",           "fault-around=32",
-      "fault-around=64", "fault-around=128", "fault-around=1,spin-us=50", "fault-around=16,spin-us=50"};
+      "fault-around=64", "fault-around=128", "fault-around=1,spin-us=0", "fault-around=16,spin-us=0"};
 };
 
 struct Contender {

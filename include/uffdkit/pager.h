@@ -10,7 +10,9 @@
 // Store's methods run on it and must not call back). What it cannot do: after fork(2) the child sees the
 // pages that were there, and zeros for the others; map again in the child. Faults inside system calls
 // (read(2) into a region) are served if the process may create a full userfaultfd; see
-// PagerOptions::kernel_faults.
+// PagerOptions::kernel_faults. Since Linux 4.11: the pager must hear of madvise, mremap and munmap
+// (UFFD_FEATURE_EVENT_REMOVE, _REMAP, _UNMAP; userfaultfd(2)). Who touches a page that cannot be read
+// gets SIGBUS since 6.6 (UFFDIO_POISON); before that the program is killed, for which it takes 5.3 (pidfd).
 #pragma once
 
 #include <uffdkit/error.h>
@@ -27,7 +29,8 @@ namespace uffdkit {
 struct PagerOptions {
   // Serve faults of system calls on the regions too. It needs access to /dev/userfaultfd, CAP_SYS_PTRACE or
   // vm.unprivileged_userfaultfd=1. Without it anybody may make a pager, but a system call on a page that is
-  // not there fails with EFAULT.
+  // not there fails with EFAULT. The difference exists since Linux 5.11 (UFFD_USER_MODE_ONLY,
+  // ioctl_userfaultfd(2)).
   bool kernel_faults = true;
   // Pages of 4 KiB that are brought with each fault, its own included: a power of two from 1 to 512.
   PageCount fault_around{16};

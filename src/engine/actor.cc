@@ -98,7 +98,7 @@ void Actor::fetched(std::unique_ptr<Fetch> fetch) {
       continue;
     }
     if (std::exchange(spun, false)) ++spin_misses_;
-    if (!armed_.exchange(true) && !scheduler_.arm(id_, session_.uffd().fd())) {
+    if (reads_ && !armed_.exchange(true) && !scheduler_.arm(id_, session_.uffd().fd())) {
       // A session that is not armed hears of no fault.
       armed_.store(false);
       scheduler_.schedule_at(id_, monotonic_ns() + kRetryNs);
@@ -157,6 +157,7 @@ void Actor::run_commands() {
   take_mail();
   const std::uint64_t events = session_.counters().events.load(std::memory_order_relaxed);
   Session::Next next = session_.step();
+  reads_ = next.reads;
   if (commands_at_ns_ != 0 && (next.wake_at_ns == 0 || commands_at_ns_ < next.wake_at_ns))
     next.wake_at_ns = commands_at_ns_;
   if (events != session_.counters().events.load(std::memory_order_relaxed)) update_shape();

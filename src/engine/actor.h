@@ -113,6 +113,7 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   std::int64_t turn_ns_ = 0;  // when the turn began: the time for all of it
   unsigned spin_misses_ = 0;  // sleeps in a row before which no fault came while it was looked for
   unsigned spins_left_out_ = 0;
+  bool reads_ = true;            // see Session::Next
   std::int64_t wake_at_ns_ = 0;  // the time that was last asked of the scheduler
   std::deque<Command> commands_taken_;
   std::int64_t commands_at_ns_ = 0;  // when the first of them is tried again

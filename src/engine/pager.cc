@@ -1,11 +1,14 @@
 // The engine for one's own process: one session, one worker, many regions.
 #include <fmt/format.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <uffdkit/pager.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
 #include <future>
+#include <optional>
 #include <utility>
 
 #include "engine/engine.h"
@@ -35,6 +38,16 @@ Result<T> wait_for(const Request& request) {
   std::promise<Result<T>> answer;
   request([&](Result<T> result) { answer.set_value(std::move(result)); });
   return answer.get_future().get();
+}
+
+// The program's own process where the kernel cannot poison a page (before 6.6): a thread that touches one
+// which cannot be read ends it then, rather than wait for ever.
+Result<std::optional<UniqueFd>> process_to_end() {
+  const Result<KernelFeatures> kernel = probe_features();
+  if (kernel && kernel->available.has(Features(abi::kFeaturePoison))) return std::nullopt;
+  UniqueFd process(static_cast<int>(::syscall(SYS_pidfd_open, ::getpid(), 0)));
+  if (!process) return Failure(Error::from_errno("pidfd_open", errno).with_remedy("use Linux 5.3 or newer"));
+  return process;
 }
 
 }  // namespace
@@ -107,6 +120,8 @@ Result<Pager> Pager::create(const PagerOptions& options) {
   if (!uffd) return Failure(std::move(uffd).error());
   Result<Uffd> own = uffd->duplicate();
   if (!own) return Failure(std::move(own).error());
+  Result<std::optional<UniqueFd>> process = process_to_end();
+  if (!process) return Failure(std::move(process).error());
   Result<SessionState> state = SessionState::create("");
   if (!state) return Failure(std::move(state).error());
 
@@ -118,7 +133,7 @@ Result<Pager> Pager::create(const PagerOptions& options) {
                                                        .state = std::move(*state),
                                                        .regions = {},
                                                        .lane = nullptr,
-                                                       .process = std::nullopt});
+                                                       .process = *std::move(process)});
   if (!session) return Failure(session.error());
   auto impl = std::make_shared<Impl>(std::move(*own), std::move(listener), std::move(*engine), *session);
   return Pager(std::move(impl));

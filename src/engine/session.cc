@@ -326,6 +326,7 @@ void Session::finish(SessionEnd end) {
   if (ending_) sooner(host_.now_ns() + kEndingRetryNs);
   sooner(check_target_at_ns_);
   sooner(read_not_before_ns_);
+  next.reads = read_not_before_ns_ == 0;
   return next;
 }
 

@@ -119,6 +119,8 @@ class Session {
   struct Next {
     bool again = false;           // step() again soon: there is more to do
     std::int64_t wake_at_ns = 0;  // step() at this time at the latest; 0 for none
+    // False: until wake_at_ns nothing is read, so that it is of no use to be told that something can be.
+    bool reads = true;
   };
 
   // `lanes` read the regions that `state` already has (a session that is taken up again, or of a child), by

@@ -46,6 +46,7 @@ class FakeKernel final : public SystemCalls {
   std::vector<Call> calls;
   bool changing = false;
   bool gone = false;
+  int read_error = 0;          // an errno for read(2)
   bool woke_all = false;       // whatever lies where
   std::uint64_t boundary = 0;  // one mapping ends here, and another begins
   AddressRange mapping{};      // registered; all that a CONTINUE of several pages can be asked for
@@ -123,6 +124,7 @@ class FakeKernel final : public SystemCalls {
     return -error;
   }
   std::ptrdiff_t read(int, void* buffer, std::size_t bytes) override {
+    if (read_error != 0) return -read_error;
     if (messages.empty()) return -EAGAIN;
     const std::size_t count = std::min(bytes / sizeof(abi::Msg), messages.size());
     for (std::size_t i = 0; i < count; ++i) {
@@ -1030,6 +1032,20 @@ TEST_F(SessionTest, ADeadClientsMemoryIsLookedAtAgainWhileOthersUseIt) {
   host_.now = next.wake_at_ns;
   settle();
   EXPECT_EQ(session_.end(), SessionEnd::gone);
+}
+
+TEST_F(SessionTest, WithoutADescriptorForAChildNothingIsReadUntilATime) {
+  kernel_.fault(pages(6));
+  kernel_.read_error = EMFILE;
+  const Session::Next next = session_.step();
+  EXPECT_FALSE(next.reads);
+  EXPECT_FALSE(next.again);
+  EXPECT_GT(next.wake_at_ns, host_.now_ns());
+  kernel_.read_error = 0;
+  EXPECT_FALSE(session_.step().reads);
+  host_.now = next.wake_at_ns;
+  EXPECT_TRUE(session_.step().reads);
+  EXPECT_EQ(at(6), tag_of(6));
 }
 
 TEST_F(SessionTest, AnEventThatCannotBeFollowedKillsTheClient) {
