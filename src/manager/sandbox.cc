@@ -96,7 +96,8 @@ class Filter {
   }
   // Those whose argument of this number has, of these bits, this value.
   void allow_where(int call, unsigned argument, std::uint64_t bits, std::uint64_t value) {
-    add(SCMP_ACT_ALLOW, call, {SCMP_CMP64(argument, SCMP_CMP_MASKED_EQ, bits, value)});
+    add(SCMP_ACT_ALLOW, call,
+        {{.arg = argument, .op = SCMP_CMP_MASKED_EQ, .datum_a = bits, .datum_b = value}});
   }
   void forbid(std::initializer_list<int> calls) {
     for (const int call : calls) add(SCMP_ACT_KILL_PROCESS, call, {});
