@@ -221,6 +221,7 @@ SessionStatus Actor::status() const {
           .read_retries = value(counters.read_retries),
           .read_errors = value(counters.read_errors),
           .pending = value(counters.pending),
+          .paused = counters.paused.load(std::memory_order_relaxed),
           .oldest_pending_ns = oldest == 0 ? 0 : monotonic_ns() - oldest};
 }
 
@@ -230,10 +231,10 @@ void Actor::start_fetch(StoreLane& lane, std::unique_ptr<Fetch> fetch) {
   lane.submit(std::move(fetch), weak_from_this());
 }
 
-bool Actor::kill_client() {
+bool Actor::signal_client(int number) {
   if (!process_) return false;
   // Refused only if it has exited already.
-  (void)::syscall(SYS_pidfd_send_signal, process_->get(), SIGKILL, nullptr, 0);
+  (void)::syscall(SYS_pidfd_send_signal, process_->get(), number, nullptr, 0);
   return true;
 }
 

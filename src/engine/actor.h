@@ -4,6 +4,7 @@
 // there is more to do. So the session inside is never run by two, and nobody waits for a lock while it works.
 #pragma once
 
+#include <signal.h>
 #include <uffdkit/unique_fd.h>
 
 #include <atomic>
@@ -84,12 +85,16 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   // Takes what is in the mailbox, and steps; true if there is more to do at once.
   bool turn();
   void close_mailbox();
+  // False if nobody knows its process.
+  bool signal_client(int number);
 
   // SessionHost
   std::int64_t now_ns() override { return turn_ns_; }
   std::span<std::byte> scratch() override { return scratch_; }
   void start_fetch(StoreLane& lane, std::unique_ptr<Fetch> fetch) override;
-  bool kill_client() override;
+  bool kill_client() override { return signal_client(SIGKILL); }
+  bool stop_client() override { return signal_client(SIGSTOP); }
+  void continue_client() override { signal_client(SIGCONT); }
   void forked(std::unique_ptr<ForkedSession> session) override {
     scheduler_.forked(id_, std::move(*session));
   }

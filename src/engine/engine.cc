@@ -576,6 +576,12 @@ void Engine::abandon(SessionId session, Done done) {
       std::move(done));
 }
 
+void Engine::resume(SessionId session, Done done) {
+  shared_->command<void>(
+      session, [](Session& served) -> Result<void> { return served.resume(), Result<void>(); },
+      std::move(done));
+}
+
 void Engine::kill(SessionId session, const std::string& why, Done done) {
   shared_->command<void>(
       session, [why](Session& served) -> Result<void> { return served.fail(why), Result<void>(); },

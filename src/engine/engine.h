@@ -49,6 +49,7 @@ struct SessionStatus {
   std::uint64_t read_retries = 0;
   std::uint64_t read_errors = 0;
   std::uint64_t pending = 0;
+  bool paused = false;
   std::int64_t oldest_pending_ns = 0;  // age of the oldest pending fault; 0 without one
 };
 
@@ -127,6 +128,9 @@ class Engine {
   // Stops serving without a word to the client, whose threads wait for whoever takes the session up: the
   // state that this needs stays in the session's file.
   void abandon(SessionId session, Done done);
+
+  // See Session::resume().
+  void resume(SessionId session, Done done);
 
   // Ends the client, because it cannot be served to the end: `why` goes to the listener.
   void kill(SessionId session, const std::string& why, Done done);

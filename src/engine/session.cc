@@ -161,6 +161,8 @@ void Session::wake_all() {
 
 void Session::begin_detach(Unreadable unreadable) {
   if (detaching_) return;
+  // Nobody would be there to say that it may go on.
+  unpause();
   unreadable_ = unreadable;
   detaching_ = true;
   populate_from_ = Address(0);
@@ -292,6 +294,8 @@ void Session::fail(const std::string& why) {
 
 void Session::finish(SessionEnd end) {
   if (end_) return;
+  // Whoever serves it next stops it again if need be; a native client has to run to find them.
+  if (stopped_ && end != SessionEnd::failed) host_.continue_client();
   end_ = end;
   pending_.clear();
 }
@@ -321,7 +325,7 @@ void Session::finish(SessionEnd end) {
     if (at != 0 && (next.wake_at_ns == 0 || at < next.wake_at_ns)) next.wake_at_ns = at;
   };
   for (const Pending& pending : pending_)
-    if (pending.fetch == 0 && !pending.blocked) sooner(pending.not_before_ns);
+    if (pending.is_waiting()) sooner(pending.not_before_ns);
   if (detaching_) sooner(populate_not_before_ns_);
   if (ending_) sooner(host_.now_ns() + kEndingRetryNs);
   sooner(check_target_at_ns_);
@@ -378,6 +382,8 @@ void Session::finish(SessionEnd end) {
 }
 
 std::uint64_t Session::apply(const Message& event, std::uint8_t kind) {
+  // Somebody else has let the client go on, and what lies where may not be what it was.
+  if (counters_.paused.load(std::memory_order_relaxed)) unpause();
   if (const auto* removed = std::get_if<RemoveEvent>(&event)) {
     apply(*removed);
     return kPage4K.pages(removed->range.length).value;
@@ -488,7 +494,7 @@ void Session::apply(const ForkEvent& event) {
   std::size_t next = 0;
   for (; next < pending_.size() && served < kServedPerStep; ++next) {
     Pending pending = pending_[next];
-    if (pending.fetch == 0 && !pending.blocked && pending.not_before_ns <= now) {
+    if (pending.is_waiting() && pending.not_before_ns <= now) {
       ++served;
       const Served result = serve(pending);
       if (end_) return true;
@@ -998,6 +1004,11 @@ void Session::give_up(const UnderWay& fetch, const Segment& segment, PageIndex f
     return pending.fetch == fetch.id && pending.page == address;
   });
   const bool condemns = demanded || (detaching_ && unreadable_ == Unreadable::poison);
+  if (demanded && options_.on_error == OnError::pause && pause(fetch, address, error)) {
+    table.set(page, PageState::absent);
+    add(counters_.read_errors);
+    return host_.page_failed(error);
+  }
   table.set(page, condemns ? PageState::poisoned : PageState::absent);
   if (!condemns) {
     if (std::exchange(detaching_, false)) host_.detach_failed(error);
@@ -1015,10 +1026,35 @@ void Session::give_up(const UnderWay& fetch, const Segment& segment, PageIndex f
   populate_again_ = true;
 }
 
+bool Session::pause(const UnderWay& fetch, Address page, const Error& error) {
+  // A client that is completed at the manager's end has nobody left who would let it go on.
+  if ((detaching_ && unreadable_ == Unreadable::poison) || !host_.stop_client()) return false;
+  if (std::exchange(detaching_, false)) host_.detach_failed(error);
+  for (Pending& pending : pending_)
+    if (pending.fetch == fetch.id && pending.page == page) pending.paused = true;
+  stopped_ = true;
+  counters_.paused.store(true, std::memory_order_relaxed);
+  host_.warn("its client was stopped, which needs a page that cannot be read");
+  return true;
+}
+
+void Session::unpause() {
+  for (Pending& pending : pending_) pending.paused = false;
+  counters_.paused.store(false, std::memory_order_relaxed);
+}
+
+void Session::resume() {
+  unpause();
+  // Also where nothing is known of it: whoever stopped it may have been another manager, which has died.
+  stopped_ = false;
+  host_.continue_client();
+}
+
 void Session::settle_pending(const UnderWay& fetch, Put put) {
   std::erase_if(pending_, [&](Pending& pending) {
     if (pending.fetch != fetch.id) return false;
     pending.fetch = 0;
+    if (pending.paused) return false;
     const Segment* segment = state_.layout().find(pending.page);
     // Something else lies there now.
     if (segment == nullptr || segment->region != fetch.region || !is_current(fetch)) return false;

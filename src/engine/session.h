@@ -49,6 +49,7 @@ struct SessionCounters {
   std::atomic<std::uint64_t> read_errors{0};     // pages that the store could not give
   std::atomic<std::uint64_t> pending{0};         // faults under way
   std::atomic<std::int64_t> oldest_since_ns{0};  // when the oldest of them was read; 0 without one
+  std::atomic<bool> paused{false};               // the client is stopped over a page that cannot be read
 };
 
 // Why a session ended.
@@ -86,6 +87,9 @@ class SessionHost {
   virtual void start_fetch(StoreLane& lane, std::unique_ptr<Fetch> fetch) = 0;
   // Ends the client, because going on would give it wrong bytes or none. False if nobody knows its process.
   virtual bool kill_client() = 0;
+  // Stops the client, all of its threads, until continue_client(). False if nobody knows its process.
+  virtual bool stop_client() = 0;
+  virtual void continue_client() = 0;
   // The client has forked: `session` is the child's, as its parent's was at that moment, and is to be served.
   virtual void forked(std::unique_ptr<ForkedSession> session) = 0;
   // A page that could not be read, once for each.
@@ -100,6 +104,7 @@ class SessionHost {
 enum class OnError : std::uint8_t {
   poison,  // the page answers with SIGBUS
   kill,    // the client is killed; one whose process nobody knows (a child of fork) has the page poisoned
+  pause,   // likewise stopped, with the page left as it is until somebody calls resume()
 };
 
 struct SessionOptions {
@@ -168,6 +173,9 @@ class Session {
   // process, every page that it has not got is poisoned instead, which stays so when nobody serves the memory
   // any more.
   void fail(const std::string& why);
+  // Tries again to read the pages over which the client was stopped (OnError::pause), and lets it go on. If
+  // one cannot be read still, the client is stopped again.
+  void resume();
   // Serves no more, and leaves everything as it is: ends as `abandoned`.
   void abandon() { finish(SessionEnd::abandoned); }
   // Nobody will tell when the client's process ends: its memory is looked at from time to time from now on.
@@ -192,6 +200,9 @@ class Session {
     unsigned attempts = 0;           // how often it was put off
     std::uint64_t fetch = 0;         // the fetch that brings it; 0 for none
     bool blocked = false;            // as many fetches as may be are under way; one must come back first
+    bool paused = false;             // it cannot be read, and is not tried again before resume()
+    // Whether it is to be tried now or at a time.
+    bool is_waiting() const { return fetch == 0 && !blocked && !paused; }
   };
   // What came of trying to answer a fault.
   enum class Served : std::uint8_t {
@@ -248,6 +259,10 @@ class Session {
   void give_up(const UnderWay& fetch, const Segment& segment, PageIndex first, const Error& error);
   // Answers, or sets free, the faults that waited for a fetch.
   void settle_pending(const UnderWay& fetch, Put put);
+  // Stops the client over that page; false if that cannot be or is not wanted.
+  bool pause(const UnderWay& fetch, Address page, const Error& error);
+  // What was paused is tried again.
+  void unpause();
   bool is_current(const UnderWay& fetch) const { return serving_[fetch.region].serial == fetch.serial; }
   // Puts the bytes of `part` into place, the run that holds `wanted` first; says what came of that run.
   Put install_part(const Segment& segment, PageRange part, std::span<std::byte> bytes,
@@ -336,6 +351,7 @@ class Session {
   std::uint64_t faults_at_check_ = 0;    // how many there had been then
   std::int64_t read_not_before_ns_ = 0;  // the descriptors were used up
   bool condemned_ = false;               // see fail()
+  bool stopped_ = false;                 // so is the client, by us
   std::vector<Uffd> orphans_;            // of children that cannot be served: closed, they would read zeros
   bool detaching_ = false;
   bool releasing_ = false;                      // detaching, with zeros for what is missing

@@ -441,12 +441,14 @@ void ControlConnection::answer(const std::string& line) {
     say(service_.remove_listener(remove->socket));
   } else {
     waiting_ = true;
-    service_.add_listener(std::get<control::ListenAdd>(*request), this,
-                          [this, say](const Result<void>& result) {
-                            say(result);
-                            waiting_ = false;
-                            ready();
-                          });
+    const auto say_later = [this, say](const Result<void>& result) {
+      say(result);
+      waiting_ = false;
+      ready();
+    };
+    if (const auto* resume = std::get_if<control::SessionResume>(&*request))
+      return service_.resume_client(resume->session, this, say_later);
+    service_.add_listener(std::get<control::ListenAdd>(*request), this, say_later);
   }
 }
 

@@ -169,6 +169,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   Result<void> may_add(const Peer& peer, std::span<const RequestedRegion> regions) override;
   Engine::Done count_until_added(const Peer& peer, const RequestedRegion& region, Engine::Done done) override;
   Engine::Done on_loop(Connection* connection, Engine::Done done) override;
+  void resume_client(SessionId session, Connection* connection, Engine::Done done) override;
   nlohmann::json status() override;
   nlohmann::json listeners() override;
   void add_listener(const control::ListenAdd& request, Connection* connection, Engine::Done done) override;
@@ -677,6 +678,11 @@ Engine::Done Manager::Impl::on_loop(Connection* connection, Engine::Done done) {
   };
 }
 
+void Manager::Impl::resume_client(SessionId session, Connection* connection, Engine::Done done) {
+  log_.write(fmt::format("session {}: its client is to go on", session));
+  engine_->resume(session, on_loop(connection, std::move(done)));
+}
+
 void Manager::Impl::leave(SessionId session) {
   const auto found = sessions_.find(session);
   if (found == sessions_.end() || found->second.connection != nullptr || found->second.leaving) return;
@@ -957,7 +963,7 @@ void Manager::Impl::page_failed(SessionId session, const Error& error) {
     if (found == sessions_.end() || ++found->second.page_errors > kPageErrorsLogged) return;
     log_.write(fmt::format(
         "session {}: {}; {}", session, error.text(),
-        options_.on_error == OnError::kill ? "its client may not go on" : "that page answers with SIGBUS"));
+        options_.on_error == OnError::poison ? "that page answers with SIGBUS" : "its client may not go on"));
     if (found->second.page_errors == kPageErrorsLogged)
       log_.write(fmt::format("session {}: further pages that fail are only counted", session));
   });
@@ -1051,6 +1057,7 @@ nlohmann::json Manager::Impl::status() {
     entry["memory_bytes"] = status.memory_bytes;
     entry["regions"] = status.regions;
     entry["pending"] = status.pending;
+    entry["paused"] = status.paused;
     entry["oldest_pending_us"] = status.oldest_pending_ns / 1000;
     sessions.push_back(std::move(entry));
   }

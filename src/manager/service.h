@@ -88,6 +88,9 @@ class ConnectionService {
   // closed by then.
   virtual Engine::Done on_loop(Connection* connection, Engine::Done done) = 0;
 
+  // A client that was stopped over a page that cannot be read goes on; the page is tried again first.
+  virtual void resume_client(SessionId session, Connection* connection, Engine::Done done) = 0;
+
   virtual nlohmann::json status() = 0;
   virtual nlohmann::json listeners() = 0;
   // The socket is added even if `connection` is closed meanwhile.

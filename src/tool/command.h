@@ -40,10 +40,11 @@ void add_serve(CLI::App& app, int& exit_code);
 void add_status(CLI::App& app, int& exit_code);
 void add_listen(CLI::App& app, int& exit_code);
 void add_doctor(CLI::App& app, int& exit_code);
+void add_resume(CLI::App& app, int& exit_code);
 void add_criu(CLI::App& app, int& exit_code);
 void add_image(CLI::App& app, int& exit_code);
 
-inline constexpr std::array kSubcommands = {add_serve,  add_image, add_status,
-                                            add_listen, add_criu,  add_doctor};
+inline constexpr std::array kSubcommands = {add_serve,  add_image, add_status, add_listen,
+                                            add_resume, add_criu,  add_doctor};
 
 }  // namespace uffdkit::tool

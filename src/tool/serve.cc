@@ -197,9 +197,9 @@ void add_serve(CLI::App& app, int& exit_code) {
       ->add_option(
           "--on-error", options->on_error,
           "What becomes of a client that touches a page which cannot be read: poison (the page answers "
-          "with SIGBUS) or kill")
-      ->transform(CLI::CheckedTransformer(
-          std::map<std::string, OnError>{{"poison", OnError::poison}, {"kill", OnError::kill}}))
+          "with SIGBUS), kill, or pause (it is stopped until 'uffdkit resume')")
+      ->transform(CLI::CheckedTransformer(std::map<std::string, OnError>{
+          {"poison", OnError::poison}, {"kill", OnError::kill}, {"pause", OnError::pause}}))
       ->default_str("poison");
   command
       ->add_option("--read-retries", options->read_retries,

@@ -108,6 +108,12 @@ void print(const nlohmann::json& status) {
                number(session, "oldest_pending_us"), session.value("image", ""));
   }
   for (const auto& session : sessions)
+    if (session.value("paused", false))
+      fmt::print(
+          "session {}: its client is stopped over a page that cannot be read; when it can be, 'uffdkit "
+          "resume {}' lets it go on\n",
+          number(session, "id"), number(session, "id"));
+  for (const auto& session : sessions)
     if (const std::uint64_t retries = number(session, "read_retries"); retries != 0)
       fmt::print("session {}: {} reads of its image were tried again, {} pages could not be read\n",
                  number(session, "id"), retries, number(session, "read_errors"));

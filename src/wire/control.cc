@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <charconv>
 #include <initializer_list>
 #include <nlohmann/json.hpp>
 #include <utility>
@@ -17,6 +18,7 @@ constexpr std::string_view kStatus = "status";
 constexpr std::string_view kListenAdd = "listen-add";
 constexpr std::string_view kListenRemove = "listen-remove";
 constexpr std::string_view kListenList = "listen-list";
+constexpr std::string_view kSessionResume = "session-resume";
 
 template <class... Fs>
 struct Overloaded : Fs... {
@@ -99,6 +101,19 @@ Result<Request> decode_listen_remove(const Json& object) {
   return ListenRemove{.socket = std::move(*socket)};
 }
 
+Result<Request> decode_session_resume(const Json& object) {
+  if (auto allowed = allow_only(object, kSessionResume, {"session"}); !allowed)
+    return Failure(allowed.error());
+  const Result<std::string> text = text_at(object, kSessionResume, "session");
+  if (!text) return Failure(text.error());
+  SessionResume resume{};
+  const char* end = text->data() + text->size();
+  const auto [stopped, failed] = std::from_chars(text->data(), end, resume.session);
+  if (failed != std::errc() || stopped != end)
+    return refuse(fmt::format("{}: \"session\" is {}, not a number", kSessionResume, shown(*text)));
+  return resume;
+}
+
 template <class Plain>
 Result<Request> decode_plain(const Json& object, std::string_view command) {
   if (auto allowed = allow_only(object, command, {}); !allowed) return Failure(allowed.error());
@@ -120,25 +135,29 @@ Result<Request> decode_request(std::string_view line) {
   if (*command == kListenAdd) return decode_listen_add(*object);
   if (*command == kListenRemove) return decode_listen_remove(*object);
   if (*command == kListenList) return decode_plain<ListenList>(*object, kListenList);
-  return refuse(fmt::format("unknown command {}; there are {}, {}, {} and {}", shown(*command), kStatus,
-                            kListenAdd, kListenRemove, kListenList));
+  if (*command == kSessionResume) return decode_session_resume(*object);
+  return refuse(fmt::format("unknown command {}; there are {}, {}, {}, {} and {}", shown(*command), kStatus,
+                            kListenAdd, kListenRemove, kListenList, kSessionResume));
 }
 
 std::string encode_request(const Request& request) {
-  return line_of(std::visit(Overloaded{[](const Status&) { return Json{{"command", kStatus}}; },
-                                       [](const ListenAdd& add) {
-                                         Json object{{"command", kListenAdd},
-                                                     {"kind", to_string(add.kind)},
-                                                     {"socket", add.socket}};
-                                         if (add.kind == ListenKind::firecracker) object["image"] = add.image;
-                                         if (!add.allow.empty()) object["allow"] = add.allow;
-                                         return object;
-                                       },
-                                       [](const ListenRemove& remove) {
-                                         return Json{{"command", kListenRemove}, {"socket", remove.socket}};
-                                       },
-                                       [](const ListenList&) { return Json{{"command", kListenList}}; }},
-                            request));
+  return line_of(std::visit(
+      Overloaded{[](const Status&) { return Json{{"command", kStatus}}; },
+                 [](const ListenAdd& add) {
+                   Json object{
+                       {"command", kListenAdd}, {"kind", to_string(add.kind)}, {"socket", add.socket}};
+                   if (add.kind == ListenKind::firecracker) object["image"] = add.image;
+                   if (!add.allow.empty()) object["allow"] = add.allow;
+                   return object;
+                 },
+                 [](const ListenRemove& remove) {
+                   return Json{{"command", kListenRemove}, {"socket", remove.socket}};
+                 },
+                 [](const ListenList&) { return Json{{"command", kListenList}}; },
+                 [](const SessionResume& resume) {
+                   return Json{{"command", kSessionResume}, {"session", std::to_string(resume.session)}};
+                 }},
+      request));
 }
 
 std::string encode_ok(const Json& fields) {

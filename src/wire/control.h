@@ -8,6 +8,7 @@
 #include <uffdkit/error.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <string_view>
@@ -38,8 +39,11 @@ struct ListenRemove {
   std::string socket;
 };
 struct ListenList {};
+struct SessionResume {
+  std::uint64_t session;
+};
 
-using Request = std::variant<Status, ListenAdd, ListenRemove, ListenList>;
+using Request = std::variant<Status, ListenAdd, ListenRemove, ListenList, SessionResume>;
 
 // One line, without its end. Errors: not a JSON object; an unknown command (all commands are named); a key
 // missing, unknown, empty or not a string; an image where there can be none.

@@ -4,7 +4,11 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <fstream>
+
 #include "daemon/fixture.h"
+#include "support/program.h"
 
 namespace uffdkit::test {
 namespace {
@@ -154,6 +158,90 @@ TEST_F(Errors, WithOnErrorKillTheClientThatTouchesALostPageDiesAndNoOther) {
       << manager.log();
   fine.channel().send(1);
   EXPECT_EQ(fine.wait(), 0) << manager.log();
+}
+
+// The state of a process, as /proc shows it: 'T' if it is stopped.
+char state_of(pid_t pid) {
+  std::ifstream file("/proc/" + std::to_string(pid) + "/stat");
+  std::string text;
+  std::getline(file, text);
+  return text.at(text.rfind(')') + 2);
+}
+
+// A manager that stops who touches page 16, while the file `broken` is there.
+class Pause : public Errors {
+ protected:
+  std::vector<std::string> arguments() const {
+    auto list =
+        without_retries(with_fault(firecracker(paused_, image_), "error,from=64K,to=68K,while=" + broken_));
+    list.insert(list.end(), {"--on-error", "pause"});
+    return list;
+  }
+  // A client that says when it is about to touch page 16.
+  Child touch_16(const std::function<void(const ClientMemory&)>& then = [](const ClientMemory&) {}) const {
+    return client(image_, {.regions = {{.pages = 64}}}, paused_,
+                  [&](const ClientMemory& memory, const Channel& channel) {
+                    memory.check(0);
+                    channel.send(1);
+                    memory.check(16);
+                    then(memory);
+                  });
+  }
+  static bool is_paused(const ManagerProcess& manager) {
+    const nlohmann::json status = manager.status();
+    return std::ranges::any_of(status.at("sessions"),
+                               [](const auto& session) { return session.at("paused") == true; });
+  }
+  static Finished resume(const ManagerProcess& manager, std::uint64_t session) {
+    return run_program("uffdkit", {"resume", "--control", manager.control(), std::to_string(session)});
+  }
+
+  const TempDir own_;
+  const std::string paused_ = own_ / "fc.sock";
+  const std::string broken_ = own_ / "broken";
+  const UniqueFd made_{open(broken_.c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0600)};
+};
+
+TEST_F(Pause, AClientIsStoppedOverALostPageUntilAnOperatorSaysThatItMayGoOn) {
+  const ManagerProcess manager(own_, arguments());
+  Child stopped = touch_16([](const ClientMemory& memory) { memory.check_all(1, 1); });
+  EXPECT_TRUE(eventually([&] { return is_paused(manager) && state_of(stopped.pid()) == 'T'; }))
+      << manager.log();
+  EXPECT_TRUE(eventually([&] { return manager.logged("its client was stopped"); })) << manager.log();
+  const Finished status = run_program("uffdkit", {"status", "--control", manager.control()});
+  EXPECT_NE(status.out.find("'uffdkit resume 1' lets it go on"), std::string::npos) << status.out;
+  // Others are served.
+  Child fine = client(image_, {.regions = {{.pages = 16}}}, paused_,
+                      [](const ClientMemory& memory, const Channel&) { memory.check_all(1, 1); });
+  EXPECT_EQ(fine.wait(), 0) << manager.log();
+  // Too early: it is stopped again.
+  ASSERT_EQ(resume(manager, 1).exit_code, 0);
+  EXPECT_TRUE(eventually([&] { return manager.total("read_errors") == 2 && is_paused(manager); }));
+  EXPECT_TRUE(eventually([&] { return state_of(stopped.pid()) == 'T'; }));
+  ASSERT_EQ(unlink(broken_.c_str()), 0);
+  ASSERT_EQ(resume(manager, 1).exit_code, 0);
+  EXPECT_EQ(stopped.wait(), 0) << manager.log();
+  EXPECT_EQ(manager.total("pages_poisoned"), 0u);
+}
+
+TEST_F(Pause, AtTheManagersEndAStoppedClientGoesOnWithoutThePage) {
+  ManagerProcess manager(own_, arguments());
+  Child stopped = touch_16();
+  EXPECT_TRUE(eventually([&] { return is_paused(manager) && state_of(stopped.pid()) == 'T'; }))
+      << manager.log();
+  EXPECT_EQ(manager.stop(), 0) << manager.log();
+  EXPECT_EQ(stopped.wait(), -SIGBUS);
+}
+
+TEST_F(Pause, AStoppedClientCanBeKilled) {
+  const ManagerProcess manager(own_, arguments());
+  Child stopped = touch_16();
+  EXPECT_TRUE(eventually([&] { return is_paused(manager); })) << manager.log();
+  stopped.kill();
+  EXPECT_TRUE(eventually([&] { return manager.sessions() == 0; })) << manager.log();
+  const Finished late = resume(manager, 1);
+  EXPECT_EQ(late.exit_code, 1);
+  EXPECT_NE(late.err.find("there is no session 1"), std::string::npos) << late.err;
 }
 
 TEST_F(Errors, OfReadsThatFailNowAndThenNoByteArrivesWrong) {

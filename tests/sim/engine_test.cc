@@ -38,6 +38,8 @@ class Host final : public SessionHost {
   std::span<std::byte> scratch() override { return scratch_; }
   void start_fetch(StoreLane&, std::unique_ptr<Fetch>) override {}
   bool kill_client() override { return false; }
+  bool stop_client() override { return false; }
+  void continue_client() override {}
   void forked(std::unique_ptr<ForkedSession>) override {}
   void page_failed(const Error&) override {}
   void detach_failed(const Error&) override {}

@@ -116,6 +116,8 @@ struct Client final : SessionHost {
     process.kill();
     return true;
   }
+  bool stop_client() override { return false; }
+  void continue_client() override {}
   void forked(std::unique_ptr<ForkedSession> born) override { newborn = std::move(born); }
   void page_failed(const Error&) override {}
   void detach_failed(const Error&) override {}

@@ -34,6 +34,8 @@ TEST(Control, EveryRequestComesBackFromItsEncoding) {
   const auto shared = decode_request(without_end(encode_request(
       ListenAdd{.kind = ListenKind::firecracker, .socket = "/s", .image = "/i", .allow = "user:1,group:2"})));
   EXPECT_EQ(std::get<ListenAdd>(*shared).allow, "user:1,group:2");
+  const auto resume = decode_request(without_end(encode_request(SessionResume{.session = 1ull << 40})));
+  EXPECT_EQ(std::get<SessionResume>(*resume).session, 1ull << 40);
   const auto native = decode_request(
       without_end(encode_request(ListenAdd{.kind = ListenKind::native, .socket = "/s", .image = {}})));
   EXPECT_EQ(std::get<ListenAdd>(*native).kind, ListenKind::native);
@@ -61,6 +63,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadRequest{"Array", "[]", {"not a JSON object"}},
         BadRequest{"NoCommand", "{}", {"\"command\" is missing"}},
         BadRequest{"CommandIsANumber", R"({"command":1})", {"\"command\" is not a string"}},
+        BadRequest{"SessionIsNoNumber", R"({"command":"session-resume","session":"1x"})", {"not a number"}},
         BadRequest{"AllowWithoutAnImage",
                    R"({"command":"listen-add","kind":"native","socket":"/s","allow":"anyone"})",
                    {"allow"}},

@@ -202,6 +202,8 @@ class FakeHost final : public SessionHost {
   std::deque<std::unique_ptr<Fetch>> fetches;
   bool killable = true;  // its process is known
   bool killed = false;
+  int stops = 0;
+  int continues = 0;
   std::vector<std::string> failures;
   std::vector<std::string> warnings;
   std::vector<std::string> detach_failures;
@@ -211,6 +213,11 @@ class FakeHost final : public SessionHost {
   std::span<std::byte> scratch() override { return scratch_; }
   void start_fetch(StoreLane&, std::unique_ptr<Fetch> fetch) override { fetches.push_back(std::move(fetch)); }
   bool kill_client() override { return killed = killable; }
+  bool stop_client() override {
+    stops += killable ? 1 : 0;
+    return killable;
+  }
+  void continue_client() override { ++continues; }
   void forked(std::unique_ptr<ForkedSession> child) override { children.push_back(std::move(child)); }
   void detach_failed(const Error& error) override { detach_failures.push_back(error.message()); }
   void page_failed(const Error& error) override { failures.push_back(error.message()); }
@@ -223,9 +230,9 @@ class FakeHost final : public SessionHost {
 class SessionTest : public testing::Test {
  protected:
   // One region: pages 0 to 1023 show the store from its start.
-  explicit SessionTest(std::uint64_t around = 4, Features features = {})
+  explicit SessionTest(std::uint64_t around = 4, Features features = {}, OnError on_error = OnError::poison)
       : session_(Uffd::adopt(3, features, kernel_), SessionState::create("fake").value(), {},
-                 {.fault_around = PageCount(around)}, host_) {
+                 {.fault_around = PageCount(around), .on_error = on_error}, host_) {
     add(pages(0, 1024));
   }
 
@@ -598,6 +605,96 @@ TEST_F(SessionTest, PoisoningIsTriedAgainWhenItIsPutOffOrShortOfMemory) {
   run_out();
   EXPECT_TRUE(kernel_.poisoned.contains(pages(6).start.value));
   EXPECT_FALSE(host_.killed);
+}
+
+// ---- a client that is stopped -----------------------------------------------------------------------------
+
+class PauseTest : public SessionTest {
+ protected:
+  PauseTest() : SessionTest(4, {}, OnError::pause) {
+    store_->cached = false;
+    store_->bad = {6};
+  }
+  void fault_and_fail() {
+    kernel_.fault(pages(6));
+    settle();
+    bring();
+    settle();
+  }
+};
+
+TEST_F(PauseTest, APageThatCannotBeReadStopsItsClientAndIsLeftAsItIs) {
+  fault_and_fail();
+  EXPECT_EQ(host_.stops, 1);
+  EXPECT_EQ(host_.failures.size(), 1u);
+  EXPECT_TRUE(counters().paused.load());
+  EXPECT_TRUE(kernel_.poisoned.empty());
+  EXPECT_EQ(at(6), std::nullopt);
+  EXPECT_EQ(at(7), tag_of(7)) << "its neighbour came";
+  // Nothing is tried meanwhile, and nothing spins.
+  host_.now += 100'000 * kMillisecond;
+  kernel_.fault(pages(6));
+  EXPECT_EQ(settle().wake_at_ns, 0);
+  EXPECT_TRUE(host_.fetches.empty());
+  EXPECT_EQ(counter(counters().pending), 1u);
+}
+
+TEST_F(PauseTest, WhenItCanBeReadTheClientGoesOn) {
+  fault_and_fail();
+  store_->bad = {};
+  session_.resume();
+  EXPECT_EQ(host_.continues, 1);
+  EXPECT_FALSE(counters().paused.load());
+  settle();
+  bring();
+  settle();
+  EXPECT_EQ(at(6), tag_of(6));
+  EXPECT_EQ(counter(counters().pending), 0u);
+}
+
+TEST_F(PauseTest, OneThatStillCannotBeReadStopsItAgain) {
+  fault_and_fail();
+  session_.resume();
+  settle();
+  bring();
+  settle();
+  EXPECT_EQ(host_.stops, 2);
+  EXPECT_TRUE(counters().paused.load());
+  EXPECT_EQ(at(6), std::nullopt);
+}
+
+TEST_F(PauseTest, WhoEndsTheSessionLetsTheClientGoOn) {
+  fault_and_fail();
+  session_.abandon();
+  EXPECT_EQ(host_.continues, 1);
+}
+
+TEST_F(PauseTest, AClientThatIsToBeCompletedHasThePagePoisoned) {
+  fault_and_fail();
+  session_.begin_detach(Unreadable::poison);
+  while (!session_.end()) {
+    settle();
+    while (!host_.fetches.empty()) bring();
+  }
+  EXPECT_EQ(session_.end(), SessionEnd::detached);
+  EXPECT_TRUE(kernel_.poisoned.contains(pages(6).start.value));
+  EXPECT_EQ(host_.stops, 1);
+  EXPECT_EQ(host_.continues, 1);
+}
+
+TEST_F(PauseTest, WhatWasGivenBackMeanwhileIsZero) {
+  fault_and_fail();
+  kernel_.removed(pages(6));
+  settle();
+  EXPECT_EQ(at(6), std::byte{0});
+  EXPECT_FALSE(counters().paused.load());
+}
+
+TEST_F(PauseTest, WhoseProcessNobodyKnowsHasThePagePoisoned) {
+  host_.killable = false;
+  fault_and_fail();
+  EXPECT_TRUE(kernel_.poisoned.contains(pages(6).start.value));
+  EXPECT_FALSE(counters().paused.load());
 }
 
 // ---- changes while a fetch is under way ------------------------------------------------------------------
