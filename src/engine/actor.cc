@@ -222,6 +222,9 @@ SessionStatus Actor::status() const {
           .read_errors = value(counters.read_errors),
           .pending = value(counters.pending),
           .paused = counters.paused.load(std::memory_order_relaxed),
+          .oldest_page = value(counters.oldest_page),
+          .oldest_offset = value(counters.oldest_offset),
+          .oldest_why = counters.oldest_why.load(std::memory_order_relaxed),
           .oldest_pending_ns = oldest == 0 ? 0 : monotonic_ns() - oldest};
 }
 

@@ -50,6 +50,10 @@ struct SessionStatus {
   std::uint64_t read_errors = 0;
   std::uint64_t pending = 0;
   bool paused = false;
+  // Of the oldest pending fault, if there is one; see SessionCounters. Not all from one instant.
+  std::uint64_t oldest_page = 0;
+  std::uint64_t oldest_offset = SessionCounters::kNoOffset;
+  PendingWhy oldest_why = PendingWhy::serving;
   std::int64_t oldest_pending_ns = 0;  // age of the oldest pending fault; 0 without one
 };
 

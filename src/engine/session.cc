@@ -308,6 +308,8 @@ void Session::finish(SessionEnd end) {
   bool populating = false;
   if (!end_ && check_target_at_ns_ != 0 && check_target_at_ns_ <= host_.now_ns()) check_target();
   if (!end_) all_read = drain();
+  // For the watchdog, in case that serving it does not come back from the kernel.
+  if (!pending_.empty() && counters_.oldest_since_ns.load(std::memory_order_relaxed) == 0) publish_pending();
   if (!end_ && !ending_ && !returned_.empty()) install_returned();
   if (!end_ && !ending_) all_served = serve_pending();
   if (!end_ && !ending_ && detaching_) populating = populate();
@@ -335,11 +337,25 @@ void Session::finish(SessionEnd end) {
 }
 
 [[gnu::always_inline]] inline void Session::publish_pending() {
-  std::int64_t oldest = 0;
-  for (const Pending& pending : pending_)
-    if (oldest == 0 || pending.since_ns < oldest) oldest = pending.since_ns;
   counters_.pending.store(pending_.size(), std::memory_order_relaxed);
-  counters_.oldest_since_ns.store(oldest, std::memory_order_relaxed);
+  const auto oldest = std::ranges::min_element(pending_, {}, &Pending::since_ns);
+  if (oldest == pending_.end()) return counters_.oldest_since_ns.store(0, std::memory_order_relaxed);
+  const Segment* segment = state_.layout().find(oldest->page);
+  const bool has_offset = segment != nullptr && segment->region != kZeroRegion;
+  counters_.oldest_page.store(oldest->page.value, std::memory_order_relaxed);
+  counters_.oldest_offset.store(
+      has_offset ? offset_of(*segment, segment->granule_at(oldest->page)).value : SessionCounters::kNoOffset,
+      std::memory_order_relaxed);
+  counters_.oldest_why.store(why(*oldest), std::memory_order_relaxed);
+  counters_.oldest_since_ns.store(oldest->since_ns, std::memory_order_relaxed);
+}
+
+PendingWhy Session::why(const Pending& pending) {
+  if (pending.paused) return PendingWhy::paused;
+  if (pending.fetch != 0) return PendingWhy::reading;
+  if (pending.blocked) return PendingWhy::full;
+  if (pending.attempts == 0) return PendingWhy::serving;
+  return pending.no_memory ? PendingWhy::no_memory : PendingWhy::changing;
 }
 
 // ---- messages ---------------------------------------------------------------------------------------------
@@ -616,7 +632,7 @@ Session::Served Session::serve_outside(Pending& pending, PageSize page_size) {
       return Served::done;
     case Stop::changing:
     case Stop::no_memory:
-      return put_off(pending);
+      return put_off(pending, outcome.stop == Stop::no_memory);
     case Stop::gone:
       finish(SessionEnd::gone);
       return Served::done;
@@ -636,7 +652,7 @@ Session::Served Session::serve_outside(Pending& pending, PageSize page_size) {
         host_.page_failed(no_memory_for(pending.page));
         return serve_poison(pending, segment, wanted);
       }
-      return put_off(pending);
+      return put_off(pending, /*no_memory=*/true);
     case Put::put_off:
       return put_off(pending);
     case Put::failed:
@@ -650,7 +666,8 @@ Session::Served Session::serve_outside(Pending& pending, PageSize page_size) {
   return Served::done;
 }
 
-Session::Served Session::put_off(Pending& pending) {
+Session::Served Session::put_off(Pending& pending, bool no_memory) {
+  pending.no_memory = no_memory;
   add(counters_.retries);
   pending.not_before_ns = host_.now_ns() + put_off_ns(pending.attempts++);
   return Served::put_off;
@@ -1075,7 +1092,7 @@ void Session::settle_pending(const UnderWay& fetch, Put put) {
       table.set(page_of(*segment, granule), PageState::poisoned);
       return false;
     }
-    put_off(pending);
+    put_off(pending, put == Put::no_memory);
     return false;
   });
 }

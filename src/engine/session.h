@@ -31,8 +31,20 @@
 
 namespace uffdkit {
 
+// Why a fault is not answered yet.
+enum class PendingWhy : std::uint8_t {
+  serving,    // a worker is about it
+  reading,    // its read from the image has not come back
+  full,       // as many reads as may be are under way, and none has come back
+  changing,   // the client changes its address space, so that the kernel refuses to fill it (EAGAIN)
+  no_memory,  // there is none for the page: the client's limit, or no huge page is left
+  paused,     // it cannot be read, and the client is stopped
+};
+
 // What a session has done. Written by its owner only.
 struct SessionCounters {
+  static constexpr std::uint64_t kNoOffset = ~std::uint64_t{0};
+
   std::atomic<std::uint64_t> faults{0};          // fault messages read
   std::atomic<std::uint64_t> faults_merged{0};   // of these, for a page that was being brought already
   std::atomic<std::uint64_t> events{0};          // remove, unmap and remap messages
@@ -49,7 +61,11 @@ struct SessionCounters {
   std::atomic<std::uint64_t> read_errors{0};     // pages that the store could not give
   std::atomic<std::uint64_t> pending{0};         // faults under way
   std::atomic<std::int64_t> oldest_since_ns{0};  // when the oldest of them was read; 0 without one
-  std::atomic<bool> paused{false};               // the client is stopped over a page that cannot be read
+  // Of that one: its page's address, where its image has it (kNoOffset: nowhere), and why.
+  std::atomic<std::uint64_t> oldest_page{0};
+  std::atomic<std::uint64_t> oldest_offset{0};
+  std::atomic<PendingWhy> oldest_why{PendingWhy::serving};
+  std::atomic<bool> paused{false};  // the client is stopped over a page that cannot be read
 };
 
 // Why a session ended.
@@ -201,6 +217,7 @@ class Session {
     std::uint64_t fetch = 0;         // the fetch that brings it; 0 for none
     bool blocked = false;            // as many fetches as may be are under way; one must come back first
     bool paused = false;             // it cannot be read, and is not tried again before resume()
+    bool no_memory = false;          // why it was put off the last time; else the client was changing
     // Whether it is to be tried now or at a time.
     bool is_waiting() const { return fetch == 0 && !blocked && !paused; }
   };
@@ -283,7 +300,7 @@ class Session {
   Served serve_by_fetch(Pending& pending, const Segment& segment, PageRange run);
   Served serve_outside(Pending& pending, PageSize page_size);
   Served served_by(Put put, Pending& pending, const Segment& segment, PageIndex wanted);
-  Served put_off(Pending& pending);
+  Served put_off(Pending& pending, bool no_memory = false);
   // The fetch's number, or 0 if there is no memory for it.
   std::uint64_t start_fetch(const Segment& segment, PageRange run);
   bool may_fetch(RegionId region) const;
@@ -328,6 +345,7 @@ class Session {
   void finish_ending();
   void finish(SessionEnd end);
   void publish_pending();
+  static PendingWhy why(const Pending& pending);
 
   void wake(AddressRange range) const;
   StoreOffset offset_of(const Segment& segment, PageIndex granule) const;

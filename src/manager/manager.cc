@@ -30,6 +30,7 @@
 #include "manager/quotas.h"
 #include "manager/sandbox.h"
 #include "manager/service.h"
+#include "manager/watchdog.h"
 
 namespace uffdkit {
 namespace {
@@ -61,6 +62,10 @@ constexpr std::int64_t kResumeMs = 2'000;
 constexpr std::size_t kSessionsJsonBytesMax = control::kAnswerBytesMax / 2;
 constexpr std::size_t kSessionJsonBytes = 800;
 constexpr std::size_t kEscapedBytes = 6;
+// How often pending faults are looked at: so many times within the watchdog's limit, and at least each
+// second.
+constexpr std::int64_t kWatchdogLooks = 4;
+constexpr std::int64_t kWatchdogPauseMaxMs = 1000;
 // Lines that workers have to say and that are not written yet; more are left out.
 constexpr std::size_t kLogsQueuedMax = 1000;
 
@@ -274,6 +279,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   void leave(SessionId session);
   // Has `write` log something on the loop's thread. From workers.
   void post_log(EventLoop::Callback write);
+  void watch_pending();
   void begin_end();
   void end_now();
 
@@ -293,6 +299,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   Quotas quotas_{options_.user_limits};
   Quotas refusals_logged_{{.requests_per_second = kRefusalsLoggedPerSecond}};
   std::map<uid_t, std::size_t> undecided_of_;
+  Watchdog watchdog_{std::max<std::int64_t>(options_.watchdog_ms, 1) * 1'000'000};
   std::unordered_map<Connection*, OpenConnection> connections_;
   std::array<std::size_t, 3> in_stage_{};
   std::uint64_t last_serial_ = 0;
@@ -345,6 +352,7 @@ Result<void> Manager::Impl::stop_at_signals() {
 }
 
 bool Manager::Impl::run() {
+  if (options_.watchdog_ms > 0) watch_pending();
   loop_->run();
   return end_was_good_;
 }
@@ -985,6 +993,13 @@ void Manager::Impl::post_log(EventLoop::Callback write) {
   });
 }
 
+void Manager::Impl::watch_pending() {
+  for (const std::string& line : watchdog_.look(engine_->sessions(), monotonic_ns())) log_.write(line);
+  const std::int64_t pause_ms =
+      std::clamp<std::int64_t>(options_.watchdog_ms / kWatchdogLooks, 1, kWatchdogPauseMaxMs);
+  loop_->after(pause_ms, [this] { watch_pending(); });
+}
+
 // ---- status -----------------------------------------------------------------------------------------------
 
 nlohmann::json Manager::Impl::listeners() {
@@ -1058,6 +1073,15 @@ nlohmann::json Manager::Impl::status() {
     entry["regions"] = status.regions;
     entry["pending"] = status.pending;
     entry["paused"] = status.paused;
+    if (status.oldest_pending_ns > 0) {
+      nlohmann::json oldest = {
+          {"address", fmt::format("{:#x}", status.oldest_page)},
+          {"why", to_string(status.oldest_why)},
+          {"late", options_.watchdog_ms > 0 && status.oldest_pending_ns > options_.watchdog_ms * 1'000'000}};
+      if (status.oldest_offset != SessionCounters::kNoOffset) oldest["offset"] = status.oldest_offset;
+      oldest["text"] = describe_oldest(status);
+      entry["oldest_pending"] = std::move(oldest);
+    }
     entry["oldest_pending_us"] = status.oldest_pending_ns / 1000;
     sessions.push_back(std::move(entry));
   }
@@ -1074,6 +1098,7 @@ nlohmann::json Manager::Impl::status() {
           {"shared_images", std::move(shared)},
           {"image_cache", cache_to_json(images_->cache())},
           {"sessions_left_out", left_out},
+          {"late_faults", watchdog_.late_faults()},
           {"sandbox", confinement()},
           {"users", users()},
           {"user_limits",

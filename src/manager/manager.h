@@ -33,6 +33,7 @@ struct ManagerOptions {
   // How long the end waits for the memory of clients that hold no descriptor for a successor to be complete.
   std::int64_t drain_ms = 60'000;
   UserLimits user_limits = {};                // of each user
+  std::int64_t watchdog_ms = 10'000;          // how long a fault may wait before the log says so; 0: for ever
   OnError on_error = OnError::poison;         // see SessionOptions
   ReadRetries read_retries = {};              // of all images
   std::vector<StoreFault> store_faults = {};  // likewise; for tests

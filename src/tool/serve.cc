@@ -38,6 +38,7 @@ struct Options {
   std::int64_t spin_us = 20;
   double handshake_seconds = 5;
   double drain_seconds = 60;
+  double watchdog_seconds = 10;
   OnError on_error = OnError::poison;
   unsigned read_retries = ReadRetries().count;
   std::vector<std::string> store_faults;
@@ -115,6 +116,7 @@ int run(const Options& options) {
                        .handshake_ms = static_cast<std::int64_t>(options.handshake_seconds * 1000),
                        .drain_ms = static_cast<std::int64_t>(options.drain_seconds * 1000),
                        .user_limits = options.user_limits,
+                       .watchdog_ms = static_cast<std::int64_t>(options.watchdog_seconds * 1000),
                        .on_error = options.on_error,
                        .read_retries = {.count = options.read_retries},
                        .store_faults = std::move(*faults),
@@ -191,6 +193,11 @@ void add_serve(CLI::App& app, int& exit_code) {
           "--drain-seconds", options->drain_seconds,
           "At the end: how long to complete the memory of Firecracker clients; those that are not complete "
           "then are killed")
+      ->check(CLI::Range(0.0, kSecondsMax))
+      ->capture_default_str();
+  command
+      ->add_option("--watchdog-seconds", options->watchdog_seconds,
+                   "How long a fault may wait before the log says which page waits, and why; 0 turns it off")
       ->check(CLI::Range(0.0, kSecondsMax))
       ->capture_default_str();
   command

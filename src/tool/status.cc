@@ -108,6 +108,9 @@ void print(const nlohmann::json& status) {
                number(session, "oldest_pending_us"), session.value("image", ""));
   }
   for (const auto& session : sessions)
+    if (session.contains("oldest_pending") && session.at("oldest_pending").value("late", false))
+      fmt::print("session {}: {}\n", number(session, "id"), session.at("oldest_pending").value("text", ""));
+  for (const auto& session : sessions)
     if (session.value("paused", false))
       fmt::print(
           "session {}: its client is stopped over a page that cannot be read; when it can be, 'uffdkit "

@@ -4,7 +4,10 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <fmt/format.h>
+
 #include <algorithm>
+#include <bit>
 #include <fstream>
 
 #include "daemon/fixture.h"
@@ -158,6 +161,35 @@ TEST_F(Errors, WithOnErrorKillTheClientThatTouchesALostPageDiesAndNoOther) {
       << manager.log();
   fine.channel().send(1);
   EXPECT_EQ(fine.wait(), 0) << manager.log();
+}
+
+TEST_F(Errors, AFaultThatWaitsForLongIsToldWithItsPageItsImageAndTheReason) {
+  const TempDir directory;
+  const std::string socket = directory / "fc.sock";
+  const std::string wall = directory / "wall";
+  const UniqueFd file(open(wall.c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
+  auto arguments = with_fault(firecracker(socket, image_), "stall,from=64K,to=128K,while=" + wall);
+  arguments.insert(arguments.end(), {"--watchdog-seconds", "0.05"});
+  const ManagerProcess manager(directory, arguments);
+  Child stuck = client(image_, whole(image_), socket, [](const ClientMemory& memory, const Channel& channel) {
+    channel.send(std::bit_cast<std::uintptr_t>(memory.bytes(19).data()));
+    memory.check(19);
+  });
+  const std::string address = fmt::format("{:#x}", stuck.channel().receive());
+  EXPECT_TRUE(eventually([&] {
+    return manager.logged("the page at " + address + ", at offset 77824 of " + image_.path()) &&
+           manager.logged("its read from the image has not come back");
+  })) << manager.log();
+  const nlohmann::json oldest = manager.status().at("sessions").at(0).at("oldest_pending");
+  EXPECT_EQ(oldest.at("address"), address);
+  EXPECT_EQ(oldest.at("offset"), 77824);
+  EXPECT_EQ(oldest.at("why"), "reading");
+  EXPECT_EQ(oldest.at("late"), true);
+  EXPECT_EQ(manager.count("late_faults"), 1u);
+  const Finished status = run_program("uffdkit", {"status", "--control", manager.control()});
+  EXPECT_NE(status.out.find("the page at " + address), std::string::npos) << status.out;
+  ASSERT_EQ(unlink(wall.c_str()), 0);
+  EXPECT_EQ(stuck.wait(), 0);
 }
 
 // The state of a process, as /proc shows it: 'T' if it is stopped.

@@ -607,6 +607,35 @@ TEST_F(SessionTest, PoisoningIsTriedAgainWhenItIsPutOffOrShortOfMemory) {
   EXPECT_FALSE(host_.killed);
 }
 
+// ---- why a fault waits ------------------------------------------------------------------------------------
+
+TEST_F(SessionTest, ItIsToldWhichFaultIsOldestAndWhyItWaits) {
+  const auto oldest = [&] { return counters().oldest_page.load(); };
+  const auto why = [&] { return counters().oldest_why.load(); };
+  add(pages(2000, 16), 500);
+  store_->cached = false;
+  kernel_.fault(pages(2003));
+  settle();
+  EXPECT_EQ(oldest(), pages(2003).start.value);
+  EXPECT_EQ(counters().oldest_offset.load(), 503 * kPage);
+  EXPECT_EQ(why(), PendingWhy::reading);
+  kernel_.changing = true;
+  bring();
+  settle();
+  EXPECT_EQ(why(), PendingWhy::changing);
+  kernel_.changing = false;
+  kernel_.refuse = [](const FakeKernel::Call& call) { return call.request == abi::kIoctlCopy ? ENOMEM : 0; };
+  host_.now += 1000 * kMillisecond;
+  store_->cached = true;
+  settle();
+  EXPECT_EQ(oldest(), pages(2003).start.value);
+  EXPECT_EQ(why(), PendingWhy::no_memory);
+  kernel_.refuse = [](const FakeKernel::Call&) { return 0; };
+  host_.now += 1000 * kMillisecond;
+  settle();
+  EXPECT_EQ(counters().oldest_since_ns.load(), 0);
+}
+
 // ---- a client that is stopped -----------------------------------------------------------------------------
 
 class PauseTest : public SessionTest {
@@ -628,6 +657,7 @@ TEST_F(PauseTest, APageThatCannotBeReadStopsItsClientAndIsLeftAsItIs) {
   EXPECT_EQ(host_.stops, 1);
   EXPECT_EQ(host_.failures.size(), 1u);
   EXPECT_TRUE(counters().paused.load());
+  EXPECT_EQ(counters().oldest_why.load(), PendingWhy::paused);
   EXPECT_TRUE(kernel_.poisoned.empty());
   EXPECT_EQ(at(6), std::nullopt);
   EXPECT_EQ(at(7), tag_of(7)) << "its neighbour came";
