@@ -92,7 +92,9 @@ UffdkitServer::UffdkitServer(const std::string& binary, const std::string& direc
                              const std::string& image, const std::vector<std::string>& options) {
   static int servers = 0;
   socket_ = fmt::format("{}/uffdkit-{}.sock", directory, ++servers);
-  std::vector<std::string> arguments = {binary, "serve", "--firecracker", socket_ + "=" + image};
+  // One process: the one that serves is what is measured.
+  std::vector<std::string> arguments = {binary, "serve", "--no-keeper", "--firecracker",
+                                        socket_ + "=" + image};
   arguments.insert(arguments.end(), options.begin(), options.end());
   int ends[2];
   if (::pipe2(ends, O_CLOEXEC) != 0) fail("pipe2");

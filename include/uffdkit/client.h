@@ -172,6 +172,8 @@ class RemoteMapping {
 
  private:
   friend Result<RemoteMapping> attach(const std::string&, const std::string&, const AttachOptions&);
+  static Result<RemoteMapping> attach_once(const std::string& socket, const std::string& image,
+                                           const AttachOptions& options);
   RemoteMapping(std::unique_ptr<internal::RemoteSessionCore> core, std::byte* data, std::size_t size);
   void unmap();
 

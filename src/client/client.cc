@@ -5,6 +5,7 @@
 
 #include <cerrno>
 #include <limits>
+#include <thread>
 #include <utility>
 
 #include "client/channel.h"
@@ -219,6 +220,18 @@ Result<RemoteSession> attach_memory(const std::string& socket, const std::string
 Result<RemoteMapping> attach(const std::string& socket, const std::string& image,
                              const AttachOptions& options) {
   if (auto named = check_name(image); !named) return Failure(std::move(named).error());
+  const auto give_up = std::chrono::steady_clock::now() + options.limits.answer;
+  for (;;) {
+    Result<RemoteMapping> attached = RemoteMapping::attach_once(socket, image, options);
+    if (attached || !internal::is_lost(attached.error()) || std::chrono::steady_clock::now() >= give_up)
+      return attached;
+    // A manager that was replaced while it was asked: the next one is asked.
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  }
+}
+
+Result<RemoteMapping> RemoteMapping::attach_once(const std::string& socket, const std::string& image,
+                                                 const AttachOptions& options) {
   const internal::Patience patience{.limit = options.limits.answer};
   Result<Channel> channel = Channel::open(socket, options.limits.answer, patience);
   if (!channel) return Failure(std::move(channel).error());

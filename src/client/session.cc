@@ -24,6 +24,8 @@ using State = RemoteConnection::State;
 using std::chrono::milliseconds;
 
 constexpr milliseconds kPauseFirst{100};
+// Before a request whose connection was lost is made to whoever listens now.
+constexpr milliseconds kPauseLost{2};
 constexpr milliseconds kPauseMax{2000};
 // connect(2) to a listener whose queue is full cannot be interrupted, and destruction waits for the watcher.
 constexpr milliseconds kReconnectLimit{100};
@@ -75,11 +77,24 @@ Result<std::unique_ptr<RemoteSessionCore>> RemoteSessionCore::start(Channel chan
   if (!sent_uffd) return Failure(std::move(sent_uffd).error());
   UniqueFd stop(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (!stop) return Failure(Error::from_errno("make an eventfd", errno));
-  native::Attach attach{.request = {.image = image, .regions = {regions.begin(), regions.end()}},
-                        .uffd = std::move(*sent_uffd),
-                        .sharing = sharing};
-  Result<native::Attached> attached =
-      channel.ask<native::Attached>(std::move(attach), {.limit = limits.answer});
+  const Clock::time_point give_up = Clock::now() + limits.answer;
+  const auto attach = [&](UniqueFd sent) {
+    return channel.ask<native::Attached>(
+        native::Attach{.request = {.image = image, .regions = {regions.begin(), regions.end()}},
+                       .uffd = std::move(sent),
+                       .sharing = sharing},
+        {.limit = limits.answer});
+  };
+  Result<native::Attached> attached = attach(std::move(*sent_uffd));
+  // Whoever shares the image's memory asks for that anew, too.
+  while (!attached && is_lost(attached.error()) && sharing == SharingMode::none && Clock::now() < give_up) {
+    std::this_thread::sleep_for(kPauseLost);
+    Result<Channel> next = Channel::open(socket, limits.answer, {.limit = limits.answer});
+    sent_uffd = copy_of(uffd.fd());
+    if (!next || !sent_uffd) continue;
+    channel = std::move(*next);
+    attached = attach(std::move(*sent_uffd));
+  }
   if (!attached) {
     // The manager may have taken the descriptor all the same, and unmapping would then wait for it.
     for (const RequestedRegion& region : regions) static_cast<void>(uffd.unregister_range(region.memory));
@@ -126,9 +141,23 @@ Result<void> RemoteSessionCore::check_attached() const {
                      .with_remedy("start the manager again; the session goes on with it"));
 }
 
+template <class A, class Make>
+Result<A> RemoteSessionCore::ask(std::unique_lock<std::mutex>& lock, const Make& make,
+                                 const Patience& patience) {
+  const Clock::time_point give_up = Clock::now() + limits_.answer;
+  for (;;) {
+    if (auto attached = check_attached(); !attached) return Failure(std::move(attached).error());
+    const std::uint64_t resumes = connection_.resumes;
+    Result<A> answer = channel_->ask<A>(make(), patience);
+    if (answer || !is_lost(answer.error())) return answer;
+    const auto found = [&] { return connection_.resumes != resumes || connection_.state == State::given_up; };
+    if (!found_manager_.wait_until(lock, give_up, found)) return answer;
+  }
+}
+
 Result<void> RemoteSessionCore::add(const RequestedRegion& region) {
   if (auto valid = validate(std::span(&region, 1), image_size_); !valid) return valid;
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   if (auto attached = check_attached(); !attached) return attached;
   // Asked here, not left to the manager: unregistering after its refusal would hit memory that is served.
   for (const AddressRange& served : served_)
@@ -138,8 +167,8 @@ Result<void> RemoteSessionCore::add(const RequestedRegion& region) {
                            EEXIST));
   if (auto registered = uffd_.register_range(region.memory, kMissing); !registered)
     return Failure(std::move(registered).error());
-  const Result<native::Ok> added =
-      channel_->ask<native::Ok>(native::AddRegions{.regions = {region}}, {.limit = limits_.answer});
+  const Result<native::Ok> added = ask<native::Ok>(
+      lock, [&] { return native::AddRegions{.regions = {region}}; }, {.limit = limits_.answer});
   if (!added) {
     static_cast<void>(uffd_.unregister_range(region.memory));  // nobody uses it yet; the first error matters
     return Failure(Error(added.error()).within("add a region"));
@@ -150,10 +179,9 @@ Result<void> RemoteSessionCore::add(const RequestedRegion& region) {
 
 Result<void> RemoteSessionCore::drop(AddressRange range) {
   if (auto valid = validate(std::span(&range, 1)); !valid) return valid;
-  const std::lock_guard lock(mutex_);
-  if (auto attached = check_attached(); !attached) return attached;
-  const Result<native::Ok> dropped =
-      channel_->ask<native::Ok>(native::DropRegions{.ranges = {range}}, {.limit = limits_.answer});
+  std::unique_lock lock(mutex_);
+  const Result<native::Ok> dropped = ask<native::Ok>(
+      lock, [&] { return native::DropRegions{.ranges = {range}}; }, {.limit = limits_.answer});
   if (!dropped) return Failure(Error(dropped.error()).within("drop a range"));
   if (auto unregistered = uffd_.unregister_range(range); !unregistered)
     return Failure(std::move(unregistered).error().within("drop a range"));
@@ -162,24 +190,27 @@ Result<void> RemoteSessionCore::drop(AddressRange range) {
 }
 
 Result<RemoteStatus> RemoteSessionCore::query() {
-  const std::lock_guard lock(mutex_);
-  if (auto attached = check_attached(); !attached) return Failure(std::move(attached).error());
+  std::unique_lock lock(mutex_);
   const Result<native::Status> status =
-      channel_->ask<native::Status>(native::Query{}, {.limit = limits_.answer});
+      ask<native::Status>(lock, [] { return native::Query{}; }, {.limit = limits_.answer});
   if (!status) return Failure(status.error());
   return RemoteStatus{.pages_served = status->pages_served, .faults_pending = status->faults_pending};
 }
 
 Result<void> RemoteSessionCore::detach(DetachWay way) {
   {
-    const std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
     if (connection_.state == State::detached) return {};
     if (auto attached = check_attached(); !attached) return attached;
     const bool populate = way == DetachWay::populate;
     Patience patience;
     if (!populate) patience.limit = limits_.answer;
-    const Result<native::Ok> done = channel_->ask<native::Ok>(
-        native::Detach{.mode = populate ? native::DetachMode::populate : native::DetachMode::release},
+    const Result<native::Ok> done = ask<native::Ok>(
+        lock,
+        [&] {
+          return native::Detach{.mode =
+                                    populate ? native::DetachMode::populate : native::DetachMode::release};
+        },
         patience);
     if (!done) return Failure(Error(done.error()).within("detach"));
     connection_.state = State::detached;
@@ -261,6 +292,7 @@ bool RemoteSessionCore::find_manager() {
       connection_.last_error = resumed.error().message();
       if (give_up) connection_.state = State::given_up;
     }
+    if (give_up) found_manager_.notify_all();
     if (give_up || stopped_within(pause)) return false;
   }
 }
@@ -285,6 +317,7 @@ Result<void> RemoteSessionCore::resume() {
   state_file_ = std::move(attached->state_file);
   connection_.state = State::attached;
   ++connection_.resumes;
+  found_manager_.notify_all();
   return {};
 }
 

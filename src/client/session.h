@@ -6,6 +6,7 @@
 #include <uffdkit/unique_fd.h>
 
 #include <chrono>
+#include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -53,6 +54,10 @@ class RemoteSessionCore {
   void stop_watcher();
   void let_go();                        // unregisters the memory and closes everything
   Result<void> check_attached() const;  // with mutex_ held
+  // Asks the manager, and if it goes before it has answered, its successor: the request may have been done by
+  // both. `lock` holds mutex_.
+  template <class A, class Make>
+  Result<A> ask(std::unique_lock<std::mutex>& lock, const Make& make, const Patience& patience);
 
   const pid_t owner_;  // a forked child must not touch its parent's memory
   const std::string socket_;
@@ -69,6 +74,8 @@ class RemoteSessionCore {
   UniqueFd state_file_;
   std::vector<AddressRange> served_;
   RemoteConnection connection_{.state = RemoteConnection::State::attached, .resumes = 0, .last_error = {}};
+
+  std::condition_variable found_manager_;  // or gave up
 
   std::unique_ptr<std::thread> watcher_;
 };

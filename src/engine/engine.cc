@@ -82,7 +82,8 @@ Error no_such_session(SessionId session) {
 // What the workers share. Kept alive by its engine only; workers are joined before it goes.
 class Engine::Shared final : public ActorScheduler {
  public:
-  Shared(const EngineOptions& options, EngineListener& listener) : options_(options), listener_(listener) {}
+  Shared(const EngineOptions& options, EngineListener& listener)
+      : options_(options), listener_(listener), last_session_(options.last_session) {}
 
   Result<void> start();
   void stop();
@@ -407,21 +408,23 @@ Result<SessionId> Engine::Shared::attach(Attachment attachment) {
                            ESTALE));
   }
   const bool taken_up = !attachment.state.layout().segments().empty();
-  const bool watched_process = attachment.process.has_value();
-  const SessionId id = next_session();
+  // A child's process nobody knows.
+  const bool watched = attachment.process.has_value() || attachment.parent != 0;
+  const SessionId id = attachment.id != 0 ? attachment.id : next_session();
   std::vector<std::shared_ptr<StoreLane>> lanes;
   for (const RegionRecord& region : attachment.state.regions())
     lanes.push_back(region.live ? attachment.lane : nullptr);
-  auto actor = std::make_shared<Actor>(id, 0, std::move(attachment.uffd), std::move(attachment.state),
-                                       std::move(lanes), options_.session, std::move(attachment.process),
-                                       *this, listener_);
+  auto actor = std::make_shared<Actor>(id, attachment.parent, std::move(attachment.uffd),
+                                       std::move(attachment.state), std::move(lanes), options_.session,
+                                       std::move(attachment.process), *this, listener_);
   // Nobody runs it yet, so the commands are done before the first fault is read.
   std::optional<Error> refused;
   actor->post([&](Session& session) {
+    if (attachment.shared) session.share_all(attachment.shared);
     if (taken_up)
       session.apply_inbox([&](int fd) { return attachment.may_adopt && attachment.may_adopt(fd); });
     // Its process may go on without the memory, by exec, which no pidfd tells.
-    if (watched_process) session.watch_target();
+    if (watched) session.watch_target();
     for (const RegionSpec& region : attachment.regions) {
       if (refused) return true;
       if (auto added = session.add_region(region.memory, region.offset, region.page_size, attachment.lane,
@@ -434,6 +437,8 @@ Result<SessionId> Engine::Shared::attach(Attachment attachment) {
   });
   actor->prepare();
   if (refused) return Failure(*std::move(refused));
+  if (attachment.begins)
+    if (auto begun = attachment.begins(id); !begun) return Failure(std::move(begun).error());
   if (auto admitted = admit(id, actor); !admitted) return Failure(std::move(admitted).error());
   return id;
 }
@@ -477,7 +482,7 @@ void Engine::Shared::forked(SessionId parent, ForkedSession child) {
     sessions_.emplace(id, actor);
   }
   // Whoever hears of it may ask something of it at once; nobody else runs it yet, so its end comes later.
-  listener_.session_forked(actor->status());
+  listener_.session_forked(actor->status(), {.uffd = actor->uffd(), .state_file = actor->state_file()});
   // Its first run arms its descriptor.
   schedule(id);
 }

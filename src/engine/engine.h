@@ -57,14 +57,21 @@ struct SessionStatus {
   std::int64_t oldest_pending_ns = 0;  // age of the oldest pending fault; 0 without one
 };
 
+// Its descriptors, which are open for as long as it is not said to have ended.
+struct SessionFiles {
+  int uffd;
+  int state_file;
+};
+
 // Hears what happens to sessions. Called from workers: must not block, nor call the engine.
 class EngineListener {
  public:
   virtual ~EngineListener() = default;
   // The session serves nothing any more, and its descriptor is about to be closed.
   virtual void session_ended(const SessionStatus& session, SessionEnd end) = 0;
-  // The client of session.parent has forked, and its child is served as this session.
-  virtual void session_forked(const SessionStatus& session) = 0;
+  // The client of session.parent has forked, and its child is served as this session: from the return of
+  // this call on.
+  virtual void session_forked(const SessionStatus& session, const SessionFiles& files) = 0;
   // Detaching was given up, because a page cannot be had; the session goes on.
   virtual void detach_failed(SessionId session, const Error& error) = 0;
   virtual void page_failed(SessionId session, const Error& error) = 0;
@@ -72,7 +79,8 @@ class EngineListener {
 };
 
 struct EngineOptions {
-  unsigned workers = 0;  // 0: one for each CPU, at least 2
+  SessionId last_session = 0;  // numbers up to this one are not given
+  unsigned workers = 0;        // 0: one for each CPU, at least 2
   // How long a worker that has just served a fault looks for the next one before it sleeps. Saves the dear
   // wake-up of an idle CPU while a client faults at a high rate. Given up for sessions whose next fault comes
   // later than that; an idle engine never spins.
@@ -97,6 +105,13 @@ struct Attachment {
   std::vector<RegionSpec> regions;  // in addition to those that `state` has
   std::shared_ptr<StoreLane> lane;
   std::optional<UniqueFd> process;  // pidfd of the client; none: nobody tells of its end
+  // Of a session that is taken up with the number that it had: it, its parent, and the memory of its image
+  // which it shares. 0 and nullptr for none.
+  SessionId id = 0;
+  SessionId parent = 0;
+  std::shared_ptr<SharedImage> shared = nullptr;
+  // Hears the session's number when all else is done, before it is run; an error refuses it.
+  std::function<Result<void>(SessionId)> begins = nullptr;
   // Whether a descriptor that a fork message in `state` names is the child's still; see Session::apply_inbox.
   std::function<bool(int)> may_adopt = nullptr;
 };

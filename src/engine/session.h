@@ -162,6 +162,8 @@ class Session {
   // What the regions of a child share, by RegionId. A region that shares, but whose image's memory is not at
   // hand (it was another manager's), is brought as private copies.
   void share(const std::vector<std::shared_ptr<SharedImage>>& images);
+  // The same where all regions that share do so with this one.
+  void share_all(const std::shared_ptr<SharedImage>& image);
   // How its regions share their image: that of the first one which does.
   SharingMode sharing() const;
   // Whether what the client has done to its address space may still be unknown here. A range that was

@@ -24,6 +24,12 @@ void Session::share(const std::vector<std::shared_ptr<SharedImage>>& images) {
   for (RegionId id = 0; id < serving_.size() && id < images.size(); ++id) serving_[id].shared = images[id];
 }
 
+void Session::share_all(const std::shared_ptr<SharedImage>& image) {
+  for (RegionId id = 0; id < serving_.size(); ++id)
+    if (state_.regions()[id].live && state_.regions()[id].sharing != SharingMode::none)
+      serving_[id].shared = image;
+}
+
 SharingMode Session::sharing() const {
   for (const RegionRecord& region : state_.regions())
     if (region.live && region.sharing != SharingMode::none) return region.sharing;

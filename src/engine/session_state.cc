@@ -10,6 +10,7 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
+#include <cstddef>
 #include <cstring>
 #include <utility>
 
@@ -418,6 +419,18 @@ void SessionState::publish_progress() {
     publish_progress();
   }
   return {slots, kInboxMessages};
+}
+
+std::vector<int> SessionState::forks_in_inbox(int file) {
+  std::uint64_t progress = 0;
+  std::array<abi::Msg, kInboxMessages> messages;
+  std::vector<int> forks;
+  if (::pread(file, &progress, sizeof progress, offsetof(FileHeader, progress)) != sizeof progress ||
+      ::pread(file, messages.data(), sizeof messages, kInboxAt) != sizeof messages)
+    return forks;
+  for (std::size_t i = progress >> 1; i < messages.size() && messages[i].event != 0; ++i)
+    if (messages[i].event == abi::kEventFork) forks.push_back(static_cast<int>(messages[i].arg.fork.ufd));
+  return forks;
 }
 
 std::span<const abi::Msg> SessionState::inbox() const {

@@ -75,6 +75,10 @@ class SessionState {
   // The same session as it is now, in a file of its own: what a child has after fork(2). Its inbox is empty.
   Result<SessionState> clone() const;
 
+  // The descriptors of children that a state file's inbox names, of forks that have not been applied. None if
+  // it is no such file.
+  static std::vector<int> forks_in_inbox(int file);
+
   // The file. To hand it to a client, reopen it for reading only.
   int fd() const { return file_.get(); }
   const std::string& image() const { return image_; }

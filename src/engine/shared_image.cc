@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cerrno>
 #include <new>
 #include <utility>
@@ -26,10 +27,25 @@ StoreOffset offset_of(PageIndex page) {
   return StoreOffset(page.value * 4096);
 }
 
+// A bit for each page; at least one word.
+std::uint64_t filled_bytes(ByteCount image) {
+  return std::max<std::uint64_t>((image.value / 4096 + 63) / 64, 1) * 8;
+}
+
 }  // namespace
 
-SharedImage::SharedImage(std::shared_ptr<StoreLane> lane, UniqueFd file)
-    : lane_(std::move(lane)), file_(std::move(file)), filled_((size().value / 4096 + 63) / 64) {}
+SharedImage::SharedImage(std::shared_ptr<StoreLane> lane, UniqueFd file, UniqueFd filled_file,
+                         StateMapping filled)
+    : lane_(std::move(lane)),
+      file_(std::move(file)),
+      filled_file_(std::move(filled_file)),
+      filled_memory_(std::move(filled)),
+      filled_(reinterpret_cast<std::atomic<std::uint64_t>*>(filled_memory_.data())) {
+  std::uint64_t count = 0;
+  for (std::uint64_t i = 0; i < filled_bytes(size()) / 8; ++i)
+    count += static_cast<std::uint64_t>(std::popcount(filled_[i].load(std::memory_order_relaxed)));
+  filled_count_.store(count, std::memory_order_relaxed);
+}
 
 Result<std::shared_ptr<SharedImage>> SharedImage::create(std::shared_ptr<StoreLane> lane) {
   UniqueFd file(::memfd_create("uffdkit-image", MFD_CLOEXEC | MFD_ALLOW_SEALING));
@@ -39,7 +55,18 @@ Result<std::shared_ptr<SharedImage>> SharedImage::create(std::shared_ptr<StoreLa
       ::ftruncate(file.get(), static_cast<off_t>(lane->store()->size().value)) < 0 ||
       ::fcntl(file.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) < 0)
     return Failure(Error::from_errno("prepare an image's memory", errno));
-  return std::shared_ptr<SharedImage>(new SharedImage(std::move(lane), std::move(file)));
+  UniqueFd filled(::memfd_create("uffdkit-filled", MFD_CLOEXEC));
+  if (!filled || ::ftruncate(filled.get(), static_cast<off_t>(filled_bytes(lane->store()->size()))) < 0)
+    return Failure(Error::from_errno("create an image's memory", errno));
+  return take_up(std::move(lane), std::move(file), std::move(filled));
+}
+
+Result<std::shared_ptr<SharedImage>> SharedImage::take_up(std::shared_ptr<StoreLane> lane, UniqueFd file,
+                                                          UniqueFd filled) {
+  Result<StateMapping> memory = StateMapping::map(filled.get(), 0, filled_bytes(lane->store()->size()));
+  if (!memory) return Failure(std::move(memory).error());
+  return std::shared_ptr<SharedImage>(
+      new SharedImage(std::move(lane), std::move(file), std::move(filled), std::move(*memory)));
 }
 
 SharingMode SharedImage::mode_for(bool removed_reads_zero) {

@@ -3,7 +3,8 @@
 // Clients map it privately, so that a page which they have not written is the same physical page for all. It
 // is filled by pwrite(2) only: the kernel makes a page visible when all of it is there, which writing through
 // a mapping would not. What is filled is known here, and not asked of the file: a client that touches a hole
-// without being served makes the kernel fill it with zeros. Threads: any; several sessions use it at once.
+// without being served makes the kernel fill it with zeros. It lies in a second memory file, for a successor
+// that has both descriptors. Threads: any; several sessions use it at once.
 // Lifetime: it goes, and its memory with it, when the last session that shares it has ended. Invariants: each
 // page is written at most once, by the one Job that has it; a page is `filled` only after it was written.
 #pragma once
@@ -23,6 +24,7 @@
 #include <vector>
 
 #include "engine/fetch.h"
+#include "engine/session_state.h"
 #include "engine/store_lane.h"
 
 namespace uffdkit {
@@ -31,8 +33,13 @@ class SharedImage final : public FetchSink, public std::enable_shared_from_this<
  public:
   // Errors: no memory files to be had.
   static Result<std::shared_ptr<SharedImage>> create(std::shared_ptr<StoreLane> lane);
+  // The same memory again, of a process that has ended, by its two files. Errors: no room to map them.
+  static Result<std::shared_ptr<SharedImage>> take_up(std::shared_ptr<StoreLane> lane, UniqueFd file,
+                                                      UniqueFd filled);
 
   const std::shared_ptr<StoreLane>& lane() const { return lane_; }
+  int file() const { return file_.get(); }
+  int filled_file() const { return filled_file_.get(); }
   ByteCount size() const { return lane_->store()->size(); }
   std::uint64_t filled_pages() const { return filled_count_.load(std::memory_order_relaxed); }
   // How a client is to share it, which needs pages that it gave back to read as zero, or does not.
@@ -81,7 +88,7 @@ class SharedImage final : public FetchSink, public std::enable_shared_from_this<
     std::vector<std::shared_ptr<Waiter>> waiters;
   };
 
-  SharedImage(std::shared_ptr<StoreLane> lane, UniqueFd file);
+  SharedImage(std::shared_ptr<StoreLane> lane, UniqueFd file, UniqueFd filled_file, StateMapping filled);
 
   bool is_hole(PageRange pages) const;       // of the store
   const Job* job_at(PageIndex page) const;   // with mutex_ held
@@ -95,7 +102,9 @@ class SharedImage final : public FetchSink, public std::enable_shared_from_this<
 
   const std::shared_ptr<StoreLane> lane_;
   const UniqueFd file_;
-  std::vector<std::atomic<std::uint64_t>> filled_;  // a bit for each page; set with mutex_ held
+  const UniqueFd filled_file_;
+  const StateMapping filled_memory_;
+  std::atomic<std::uint64_t>* const filled_;  // in it: a bit for each page; set with mutex_ held
   std::atomic<std::uint64_t> filled_count_{0};
 
   std::mutex mutex_;  // guards what follows

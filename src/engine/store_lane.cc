@@ -48,11 +48,12 @@ struct StoreLane::Shared {
   bool closed = false;
 };
 
-StoreLane::StoreLane(std::shared_ptr<Store> store, ReadRetries retries)
-    : store_(std::move(store)), shared_(std::make_shared<Shared>(retries)) {}
+StoreLane::StoreLane(std::shared_ptr<Store> store, ReadRetries retries, UniqueFd file)
+    : store_(std::move(store)), file_(std::move(file)), shared_(std::make_shared<Shared>(retries)) {}
 
-Result<std::shared_ptr<StoreLane>> StoreLane::create(std::shared_ptr<Store> store, ReadRetries retries) {
-  std::shared_ptr<StoreLane> lane(new StoreLane(std::move(store), retries));
+Result<std::shared_ptr<StoreLane>> StoreLane::create(std::shared_ptr<Store> store, ReadRetries retries,
+                                                     UniqueFd file) {
+  std::shared_ptr<StoreLane> lane(new StoreLane(std::move(store), retries, std::move(file)));
   lane->shared_->threads = 1;
   if (!start_thread(lane->shared_))
     return Failure(Error("cannot start a thread for " + lane->store_->name(), EAGAIN)

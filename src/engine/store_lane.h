@@ -7,6 +7,7 @@
 #pragma once
 
 #include <uffdkit/store.h>
+#include <uffdkit/unique_fd.h>
 
 #include <chrono>
 #include <memory>
@@ -26,13 +27,16 @@ class StoreLane {
  public:
   static constexpr unsigned kThreadsMax = 8;
 
-  // Errors: no thread can be started.
-  static Result<std::shared_ptr<StoreLane>> create(std::shared_ptr<Store> store, ReadRetries retries = {});
+  // `file`: by which another process can open the same store. Errors: no thread can be started.
+  static Result<std::shared_ptr<StoreLane>> create(std::shared_ptr<Store> store, ReadRetries retries = {},
+                                                   UniqueFd file = {});
   ~StoreLane();
   StoreLane(const StoreLane&) = delete;
   StoreLane& operator=(const StoreLane&) = delete;
 
   const std::shared_ptr<Store>& store() const { return store_; }
+  // -1 for none.
+  int file() const { return file_.get(); }
 
   // Reads `fetch` on a thread of the lane, then hands it to `sink` if that still exists. The queue is as long
   // as the sessions' own limits on fetches allow.
@@ -40,12 +44,13 @@ class StoreLane {
 
  private:
   struct Shared;
-  StoreLane(std::shared_ptr<Store> store, ReadRetries retries);
+  StoreLane(std::shared_ptr<Store> store, ReadRetries retries, UniqueFd file);
   // Starts a thread that has been counted in Shared::threads.
   static bool start_thread(const std::shared_ptr<Shared>& shared);
   static void run(std::shared_ptr<Shared> shared);
 
   std::shared_ptr<Store> store_;
+  UniqueFd file_;
   std::shared_ptr<Shared> shared_;
 };
 

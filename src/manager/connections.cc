@@ -12,6 +12,10 @@ namespace {
 
 // What one recvmsg(2) takes.
 using ReceiveBuffer = std::array<std::byte, 16 * 1024>;
+// What a client can have under way to us, by the default of net.core.wmem_default less what the kernel counts
+// on top of it. A handshake that is longer (of more than 500 regions) is taken out of the socket, or its
+// sender would wait for that.
+constexpr std::size_t kPeekedBytesMax = std::size_t{96} << 10;
 // Answers that a client has not taken; beyond that it is not reading.
 constexpr std::size_t kUnsentFramesMax = 64;
 
@@ -68,23 +72,31 @@ FirecrackerConnection::FirecrackerConnection(UniqueFd socket, Peer peer, std::st
       name_(std::move(name)),
       image_(std::move(image)),
       service_(service),
-      decoder_(image_->store()->name()) {}
+      decoder_(image_->store()->name()) {
+  // Refused only by kernels before 3.4.
+  (void)peek_from_start(socket_.get());
+}
 
 void FirecrackerConnection::ready() {
   ReceiveBuffer buffer;
   while (true) {
-    Result<Piece> piece = receive_some(socket_.get(), buffer);
+    Result<Piece> piece = peek_some(socket_.get(), buffer);
     if (!piece) return refuse(piece.error());
     if (piece->bytes.empty() && !piece->end) return;
+    peeked_ += piece->bytes.size();
+    if (peeked_ > kPeekedBytesMax) drop_peeked(socket_.get(), std::exchange(peeked_, 0));
     Result<std::optional<FirecrackerHandshake>> handshake = decoder_.feed(std::move(*piece));
     if (!handshake) return refuse(handshake.error());
     if (!*handshake) continue;
     Result<AttachedSession> attached = service_.attach({.request = std::move((*handshake)->request),
                                                         .uffd = std::move((*handshake)->uffd),
                                                         .peer = &peer_,
+                                                        .connection = cookie_of(socket_.get()),
                                                         .keeps_descriptor = false},
                                                        image_, nullptr);
     if (!attached) return refuse(attached.error());
+    // With something left in it the client would hear that its connection was broken.
+    drop_peeked(socket_.get(), peeked_);
     // Firecracker says no more, and does not mind: its process is watched, not its socket.
     return service_.close(*this, socket_.get());
   }
@@ -95,6 +107,7 @@ std::string FirecrackerConnection::who() const {
 }
 
 void FirecrackerConnection::refuse(const Error& error) {
+  drop_peeked(socket_.get(), peeked_);
   service_.refused(peer_.uid, who(), error);
   service_.close(*this, socket_.get());
 }
@@ -263,6 +276,7 @@ void NativeConnection::attach_to(std::uint32_t id, native::Attach request, std::
   answer_attached(id, service_.attach({.request = std::move(request.request),
                                        .uffd = std::move(request.uffd),
                                        .peer = &peer_,
+                                       .connection = cookie_of(socket_.get()),
                                        .keeps_descriptor = true,
                                        .sharing = std::move(sharing)},
                                       std::move(image), this));
@@ -283,6 +297,7 @@ void NativeConnection::answer_attached(std::uint32_t id, Result<AttachedSession>
     return refuse(id, code_of(attached.error().os_error()), attached.error());
   }
   session_ = attached->id;
+  acknowledged_ = false;
   image_size_ = attached->image_size;
   image_ = std::move(attached->image);
   answer(id, native::Attached{.session = static_cast<native::SessionId>(attached->id),
@@ -387,6 +402,7 @@ void NativeConnection::send_queued() {
     out_.pop_front();
     sent_of_first_ = 0;
   }
+  if (session_ && !std::exchange(acknowledged_, true)) service_.acknowledged(*session_);
   if (closing_) return service_.close(*this, socket_.get());
   service_.want(*this, socket_.get(), !waiting_, false);
 }

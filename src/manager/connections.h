@@ -23,13 +23,16 @@ namespace uffdkit {
 // Has a client that is not let in hear why, where its protocol has a way to say so.
 void turn_away(int socket, control::ListenKind kind, const Error& error);
 
-// Takes one handshake; the connection ends with it.
+// Takes one handshake; the connection ends with it. What the client has sent stays in the socket until the
+// session is served: a client of this kind says it once, and whoever takes the socket up reads it again.
 class FirecrackerConnection final : public Connection {
  public:
   FirecrackerConnection(UniqueFd socket, Peer peer, std::string name, std::shared_ptr<StoreLane> image,
                         ConnectionService& service);
   void ready() override;
   std::string who() const override;
+  // What was looked at stays there, so only what is new is to be heard of.
+  std::uint32_t events() const override { return EPOLLIN | EPOLLRDHUP | EPOLLET; }
 
  private:
   void refuse(const Error& error);
@@ -40,6 +43,7 @@ class FirecrackerConnection final : public Connection {
   std::shared_ptr<StoreLane> image_;
   ConnectionService& service_;
   FirecrackerDecoder decoder_;
+  std::size_t peeked_ = 0;  // bytes that are in the socket still
 };
 
 // Speaks the native protocol for as long as the client wants to.
@@ -91,6 +95,7 @@ class NativeConnection final : public Connection {
   bool greeted_ = false;
   bool closing_ = false;
   std::optional<SessionId> session_;
+  bool acknowledged_ = false;
   ByteCount image_size_;
   std::shared_ptr<StoreLane> image_;
   Sharing sharing_;                              // what SHARE_IMAGE has brought, until ATTACH

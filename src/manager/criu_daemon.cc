@@ -64,7 +64,7 @@ class CriuDaemon::Impl final : public EngineListener {
 
   // EngineListener: from workers
   void session_ended(const SessionStatus& session, SessionEnd end) override;
-  void session_forked(const SessionStatus& session) override;
+  void session_forked(const SessionStatus& session, const SessionFiles& files) override;
   void detach_failed(SessionId, const Error&) override {}  // not asked for
   void page_failed(SessionId session, const Error& error) override;
   void warn(SessionId session, const std::string& text) override;
@@ -264,7 +264,7 @@ void CriuDaemon::Impl::session_ended(const SessionStatus& session, SessionEnd en
   });
 }
 
-void CriuDaemon::Impl::session_forked(const SessionStatus& session) {
+void CriuDaemon::Impl::session_forked(const SessionStatus& session, const SessionFiles&) {
   loop_->post([this, session] {
     // A child of a child is named after the task that was restored.
     sessions_.emplace(session.id, fmt::format("{} (child {})", session.image, session.id));

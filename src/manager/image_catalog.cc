@@ -11,7 +11,6 @@
 #include <utility>
 
 namespace uffdkit {
-
 namespace {
 
 // Whether there is no other way to write this path, so that rules about names are rules about files.
@@ -108,15 +107,41 @@ Result<std::shared_ptr<StoreLane>> ImageCatalog::share(UniqueFd file, const std:
     std::erase_if(open_, [](const auto& entry) { return entry.second.expired(); });
     if (auto lane = known()) return lane;
   }
-  Result<image::OpenImage> opened = opener_.open(std::move(file), name);
-  if (!opened) return Failure(std::move(opened).error());
-  Result<std::shared_ptr<StoreLane>> lane = StoreLane::create(std::move(opened->store), retries_);
+  Result<std::shared_ptr<StoreLane>> lane = open_lane(std::move(file), name);
   if (!lane) return lane;
   const std::lock_guard lock(open_mutex_);
   // Somebody else may have opened it meanwhile, by another name.
   if (auto others = known()) return others;
   open_[*key] = *lane;
   return lane;
+}
+
+Result<std::shared_ptr<StoreLane>> ImageCatalog::open_lane(UniqueFd file, const std::string& name) {
+  // The image's own file goes to its store.
+  UniqueFd copy(::fcntl(file.get(), F_DUPFD_CLOEXEC, 0));
+  if (!copy) return Failure(Error::from_errno("open " + name, errno));
+  Result<image::OpenImage> opened = opener_.open(std::move(copy), name);
+  if (!opened) return Failure(std::move(opened).error());
+  return StoreLane::create(std::move(opened->store), retries_, std::move(file));
+}
+
+Result<std::shared_ptr<StoreLane>> ImageCatalog::take_up(UniqueFd file, const std::string& name) {
+  const Result<std::string> key = image::file_key(file.get(), name);
+  if (!key) return Failure(key.error());
+  // Never one that is open already: the descriptor stays the one that it was.
+  Result<std::shared_ptr<StoreLane>> lane = open_lane(std::move(file), name);
+  if (!lane) return lane;
+  const std::lock_guard lock(open_mutex_);
+  open_[*key] = *lane;
+  return lane;
+}
+
+Result<std::shared_ptr<SharedImage>> ImageCatalog::take_up_memory(const std::shared_ptr<StoreLane>& image,
+                                                                  UniqueFd file, UniqueFd filled) {
+  Result<std::shared_ptr<SharedImage>> memory =
+      SharedImage::take_up(image, std::move(file), std::move(filled));
+  if (memory) shared_.push_back(*memory);
+  return memory;
 }
 
 }  // namespace uffdkit

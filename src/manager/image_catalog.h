@@ -38,6 +38,11 @@ class ImageCatalog {
   Result<std::shared_ptr<StoreLane>> open(const std::string& name);
   // The file at `path`.
   Result<std::shared_ptr<StoreLane>> open_path(const std::string& path);
+  // The image that another process had opened by this descriptor, which becomes the lane's.
+  Result<std::shared_ptr<StoreLane>> take_up(UniqueFd file, const std::string& name);
+  // Likewise its memory, by the files of it.
+  Result<std::shared_ptr<SharedImage>> take_up_memory(const std::shared_ptr<StoreLane>& image, UniqueFd file,
+                                                      UniqueFd filled);
   // The memory of that image, one for all who share it.
   Result<std::shared_ptr<SharedImage>> share_memory(const std::shared_ptr<StoreLane>& image);
   // What there is of it at this moment.
@@ -52,6 +57,7 @@ class ImageCatalog {
   };
   // The lane of an open file, shared with whoever has the same file open.
   Result<std::shared_ptr<StoreLane>> share(UniqueFd file, const std::string& name);
+  Result<std::shared_ptr<StoreLane>> open_lane(UniqueFd file, const std::string& name);
 
   const ReadRetries retries_;
   image::ImageOpener opener_;

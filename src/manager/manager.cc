@@ -7,6 +7,7 @@
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -26,8 +27,10 @@
 #include "manager/connections.h"
 #include "manager/event_loop.h"
 #include "manager/image_catalog.h"
+#include "manager/keeper.h"
 #include "manager/log.h"
 #include "manager/quotas.h"
+#include "manager/records.h"
 #include "manager/sandbox.h"
 #include "manager/service.h"
 #include "manager/watchdog.h"
@@ -119,6 +122,22 @@ void add_counters(nlohmann::json& total, const nlohmann::json& more) {
     total[name] = total.value(name, std::uint64_t{0}) + count.get<std::uint64_t>();
 }
 
+std::string_view to_string(SessionKind kind) {
+  switch (kind) {
+    case SessionKind::firecracker:
+      return "firecracker";
+    case SessionKind::native:
+      return "native";
+    case SessionKind::fork:
+      return "fork";
+  }
+  return "?";
+}
+
+ListenerKind recorded_kind(control::ListenKind kind) {
+  return kind == control::ListenKind::firecracker ? ListenerKind::firecracker : ListenerKind::native;
+}
+
 // What tells one file from all others.
 struct FileIdentity {
   dev_t device;
@@ -140,12 +159,22 @@ nlohmann::json cache_to_json(const image::FrameCache& cache) {
           {"failed", statistics.failed}};
 }
 
+bool is_userfaultfd(int fd) {
+  std::array<char, 64> kind;
+  const ssize_t bytes = ::readlink(fmt::format("/proc/self/fd/{}", fd).c_str(), kind.data(), kind.size());
+  return bytes > 0 &&
+         std::string_view(kind.data(), static_cast<std::size_t>(bytes)) == "anon_inode:[userfaultfd]";
+}
+
 }  // namespace
 
 class Manager::Impl final : public ConnectionService, public EngineListener {
  public:
-  explicit Impl(const ManagerOptions& options) : options_(options) {}
+  // `connections`: of a worker of before, that may have sent a handshake.
+  Impl(const ManagerOptions& options, std::vector<UniqueFd> connections)
+      : options_(options), inherited_connections_(std::move(connections)) {}
   Result<void> start();
+  Result<void> take_up();
 
   Result<void> listen(control::ListenKind kind, const std::string& path, const std::string& image);
   Result<void> listen_control(const std::string& path);
@@ -158,6 +187,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   void stop();
 
   // ConnectionService
+  void acknowledged(SessionId session) override;
   Result<AttachedSession> attach(NewSession session, std::shared_ptr<StoreLane> image,
                                  Connection* connection) override;
   void resume(UniqueFd uffd, UniqueFd state_file, const Peer& peer, Connection* connection,
@@ -185,7 +215,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
 
   // EngineListener: from workers
   void session_ended(const SessionStatus& session, SessionEnd end) override;
-  void session_forked(const SessionStatus& session) override;
+  void session_forked(const SessionStatus& session, const SessionFiles& files) override;
   void detach_failed(SessionId session, const Error& error) override;
   void page_failed(SessionId session, const Error& error) override;
   void warn(SessionId session, const std::string& text) override;
@@ -219,7 +249,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
     BlockingWork::Ticket opening = 0;  // the last one
   };
   struct SessionInfo {
-    std::string_view kind;  // how it came: "firecracker", "native", or by "fork"
+    SessionKind kind;
     bool keeps_descriptor;
     pid_t pid;
     uid_t uid;
@@ -227,7 +257,8 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
     std::shared_ptr<StoreLane> lane;  // none for forks
     std::optional<FileIdentity> state_file;
     Connection* connection;
-    bool leaving = false;  // abandoned; its end has not been heard yet
+    std::uint64_t cookie = 0;  // of the socket by which it was handed over
+    bool leaving = false;      // abandoned; its end has not been heard yet
     std::uint64_t page_errors = 0;
   };
 
@@ -269,6 +300,18 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   // And of another's, once its image is open.
   Result<AttachedSession> take_up(UniqueFd uffd, UniqueFd process, SessionState state, uid_t uid, pid_t pid,
                                   std::shared_ptr<StoreLane> image, Connection* connection);
+  // What of a manager's of before is used again.
+  struct Inherited {
+    std::map<std::size_t, Result<std::shared_ptr<StoreLane>>> images;
+    std::map<std::size_t, std::shared_ptr<SharedImage>> memories;
+  };
+  Result<void> take_up(const Records::Session& session, Inherited& inherited);
+  Result<void> take_up(const Records::Listener& listener, Inherited& inherited);
+  // A connection that has sent a handshake, perhaps.
+  void take_up(UniqueFd socket);
+  Result<std::shared_ptr<StoreLane>> image_of(std::size_t record, Inherited& inherited);
+  // Counts what was asked of the keeper, and was not yet done.
+  void take_stops();
   void forget(const SessionStatus& session, SessionEnd end);
   // Of all sessions that forget() has not taken out yet.
   std::vector<SessionStatus> statuses();
@@ -284,8 +327,10 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   void end_now();
 
   const ManagerOptions options_;
+  std::vector<UniqueFd> inherited_connections_;
   Log log_{STDERR_FILENO};
-  const std::int64_t started_ns_ = monotonic_ns();
+  std::int64_t started_ns_ = monotonic_ns();
+  std::uint32_t stops_ = 0;  // that were done of those that the keeper was asked for
   const OwnMemoryWay own_memory_way_ = own_memory_way(options_.system);
   std::unique_ptr<EventLoop> loop_;
   std::unique_ptr<BlockingWork> work_;
@@ -326,8 +371,20 @@ Result<void> Manager::Impl::start() {
   if (!loop) return Failure(std::move(loop).error());
   loop_ = std::move(*loop);
   work_ = std::make_unique<BlockingWork>(*loop_);
+  SessionId last_session = 0;
+  if (options_.records != nullptr) {
+    const Records::Shared& shared = options_.records->shared();
+    last_session = shared.last_session;
+    started_ns_ = shared.started_ns;
+    sessions_ended_ = shared.sessions_ended;
+    clients_refused_ = shared.clients_refused;
+    std::size_t i = 0;
+    ended_counters_ = counters_json({});
+    for (auto& count : ended_counters_) count = shared.totals[i++].load();
+  }
   Result<std::unique_ptr<Engine>> engine =
-      Engine::create({.workers = options_.workers,
+      Engine::create({.last_session = last_session,
+                      .workers = options_.workers,
                       .spin_ns = options_.spin_ns,
                       .session = {.fault_around = options_.fault_around,
                                   .shared_fault_around = options_.shared_fault_around,
@@ -341,14 +398,24 @@ Result<void> Manager::Impl::start() {
 Result<void> Manager::Impl::stop_at_signals() {
   sigset_t signals;
   ::sigemptyset(&signals);
-  ::sigaddset(&signals, SIGTERM);
-  ::sigaddset(&signals, SIGINT);
+  if (options_.records != nullptr) {
+    ::sigaddset(&signals, Keeper::stop_signal());
+  } else {
+    ::sigaddset(&signals, SIGTERM);
+    ::sigaddset(&signals, SIGINT);
+  }
   signals_.reset(::signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK));
   if (!signals_) return Failure(Error::from_errno("wait for signals", errno));
   return loop_->add(signals_.get(), EPOLLIN, [this] {
     signalfd_siginfo signal;
-    while (::read(signals_.get(), &signal, sizeof signal) == sizeof signal) stop();
+    while (::read(signals_.get(), &signal, sizeof signal) == sizeof signal)
+      options_.records == nullptr ? stop() : take_stops();
   });
+}
+
+void Manager::Impl::take_stops() {
+  const std::uint32_t stops = options_.records->shared().stops;
+  for (; stops_ != stops; ++stops_) stop();
 }
 
 bool Manager::Impl::run() {
@@ -364,7 +431,10 @@ void Manager::Impl::stop() {
 void Manager::Impl::begin_end() {
   ending_ = true;
   if (on_ending_) on_ending_();
-  for (auto& [path, listener] : listeners_) loop_->remove(listener.socket.fd());
+  for (auto& [path, listener] : listeners_) {
+    loop_->remove(listener.socket.fd());
+    if (options_.records != nullptr) options_.records->remove_listener(listener.socket.fd());
+  }
   listeners_.clear();
   if (sessions_.empty()) return loop_->stop();
   log_.write(fmt::format("ending: {} sessions to complete or to leave to a successor", sessions_.size()));
@@ -418,9 +488,21 @@ Result<void> Manager::Impl::add_listener(control::ListenKind kind, const std::st
                                                    .store = std::move(opened.store),
                                                    .allowed = std::move(allowed)})
                            .first->second;
-  auto watched = loop_->add(fd, EPOLLIN, [this, &listener] { accept(listener); });
-  if (!watched) listeners_.erase(path);
-  return watched;
+  Result<void> done;
+  if (options_.records != nullptr)
+    done = options_.records->add({.kind = recorded_kind(kind),
+                                  .socket = fd,
+                                  .device = listener.socket.device(),
+                                  .inode = listener.socket.inode(),
+                                  .path = path,
+                                  .allow = to_string(listener.allowed)},
+                                 listener.store);
+  if (done) done = loop_->add(fd, EPOLLIN, [this, &listener] { accept(listener); });
+  if (!done) {
+    if (options_.records != nullptr) options_.records->remove_listener(fd);
+    listeners_.erase(path);
+  }
+  return done;
 }
 
 Result<void> Manager::Impl::listen(control::ListenKind kind, const std::string& path,
@@ -480,6 +562,7 @@ Result<void> Manager::Impl::remove_listener(const std::string& path) {
     return Failure(Error(fmt::format("nothing is listened at {}", path), ENOENT)
                        .with_remedy("'uffdkit listen list' shows the sockets"));
   loop_->remove(found->second.socket.fd());
+  if (options_.records != nullptr) options_.records->remove_listener(found->second.socket.fd());
   listeners_.erase(found);
   return {};
 }
@@ -488,6 +571,15 @@ Result<void> Manager::Impl::listen_control(const std::string& path) {
   Result<ListeningSocket> socket = ListeningSocket::open(path);
   if (!socket) return Failure(std::move(socket).error());
   control_ = std::move(*socket);
+  if (options_.records != nullptr)
+    if (auto added = options_.records->add({.kind = ListenerKind::control,
+                                            .socket = control_->fd(),
+                                            .device = control_->device(),
+                                            .inode = control_->inode(),
+                                            .path = path},
+                                           nullptr);
+        !added)
+      return added;
   return loop_->add(control_->fd(), EPOLLIN, [this] { accept_control(); });
 }
 
@@ -605,7 +697,7 @@ void Manager::Impl::accept_control() {
 
 void Manager::Impl::open_connection(std::unique_ptr<Connection> connection, int fd, Stage stage, uid_t user) {
   Connection* key = connection.get();
-  auto watched = loop_->add(fd, EPOLLIN, [key] { key->ready(); });
+  auto watched = loop_->add(fd, key->events(), [key] { key->ready(); });
   if (!watched) return log_.write(watched.error().text());
   connections_.emplace(key, OpenConnection{.connection = std::move(connection),
                                            .fd = fd,
@@ -700,6 +792,7 @@ void Manager::Impl::leave(SessionId session) {
 
 void Manager::Impl::refused(uid_t user, const std::string& who, const Error& error) {
   ++clients_refused_;
+  if (options_.records != nullptr) options_.records->shared().clients_refused = clients_refused_;
   if (refusals_logged_.take_request(user, monotonic_ns()))
     log_.write(fmt::format("refused: {}: {}", who, error.text()));
 }
@@ -736,12 +829,36 @@ Engine::Done Manager::Impl::count_until_added(const Peer& peer, const RequestedR
   };
 }
 
+void Manager::Impl::acknowledged(SessionId session) {
+  if (options_.records != nullptr) options_.records->acknowledge(session);
+}
+
 // ---- sessions ---------------------------------------------------------------------------------------------
 
 Result<AttachedSession> Manager::Impl::serve(Attachment attachment, const SessionInfo& info) {
   const ByteCount image_size = attachment.lane->store()->size();
+  SessionId recorded = 0;
+  if (options_.records != nullptr) {
+    const auto memory = attachment.regions.empty() ? nullptr : attachment.regions.front().sharing.image;
+    attachment.begins = [&, memory,
+                         record =
+                             Records::Session{.kind = info.kind,
+                                              .pid = info.pid,
+                                              .uid = info.uid,
+                                              .uffd = attachment.uffd.fd(),
+                                              .state_file = attachment.state.fd(),
+                                              .process = attachment.process ? attachment.process->get() : -1,
+                                              .connection = info.cookie,
+                                              .shares = memory != nullptr}](SessionId session) mutable {
+      record.id = recorded = session;
+      return options_.records->add(record, info.lane, memory);
+    };
+  }
   Result<SessionId> id = engine_->attach(std::move(attachment));
-  if (!id) return Failure(std::move(id).error());
+  if (!id) {
+    if (recorded != 0) options_.records->remove(recorded);
+    return Failure(std::move(id).error());
+  }
   // Before anything of the session's end can be heard, which comes through the loop.
   sessions_.emplace(*id, info);
   has_session(info.connection);
@@ -803,14 +920,15 @@ Result<AttachedSession> Manager::Impl::attach(NewSession session, std::shared_pt
                 .regions = std::move(regions),
                 .lane = image,
                 .process = std::move(process)},
-               {.kind = session.keeps_descriptor ? "native" : "firecracker",
+               {.kind = session.keeps_descriptor ? SessionKind::native : SessionKind::firecracker,
                 .keeps_descriptor = session.keeps_descriptor,
                 .pid = session.peer->pid,
                 .uid = session.peer->uid,
                 .image = session.request.image,
                 .lane = image,
                 .state_file = state_file,
-                .connection = connection});
+                .connection = connection,
+                .cookie = session.connection});
 }
 
 void Manager::Impl::resume(UniqueFd uffd_fd, UniqueFd state_fd, const Peer& peer, Connection* connection,
@@ -899,7 +1017,7 @@ Result<AttachedSession> Manager::Impl::take_up(UniqueFd uffd_fd, UniqueFd proces
                 .regions = {},
                 .lane = image,
                 .process = std::move(process)},
-               {.kind = "native",
+               {.kind = SessionKind::native,
                 .keeps_descriptor = true,
                 .pid = pid,
                 .uid = uid,
@@ -909,7 +1027,151 @@ Result<AttachedSession> Manager::Impl::take_up(UniqueFd uffd_fd, UniqueFd proces
                 .connection = connection});
 }
 
+// ---- taking up --------------------------------------------------------------------------------------------
+
+Result<void> Manager::Impl::take_up() {
+  Records& records = *options_.records;
+  Inherited inherited;
+  std::size_t sessions = 0;
+  for (const Records::Session& session : records.sessions()) {
+    const UniqueFd process(session.process < 0 ? -1 : ::fcntl(session.process, F_DUPFD_CLOEXEC, 0));
+    if (auto taken = take_up(session, inherited); taken) {
+      ++sessions;
+    } else {
+      // Without its descriptors it would read zeros in the place of what is missing.
+      log_.write(fmt::format("session {} cannot be taken up: {}", session.id, taken.error().text()));
+      records.give_up(session);
+      if (process) (void)::syscall(SYS_pidfd_send_signal, process.get(), SIGKILL, nullptr, 0);
+    }
+  }
+  for (const Records::Listener& listener : records.listeners())
+    if (auto taken = take_up(listener, inherited); !taken)
+      log_.write(fmt::format("{} is listened at no more: {}", listener.path, taken.error().text()));
+  for (UniqueFd& socket : std::exchange(inherited_connections_, {})) take_up(std::move(socket));
+  const int signal = records.shared().death_signal;
+  log_.write(fmt::format("the worker before has ended{}; process {} goes on with {} sessions",
+                         signal == 0 ? "" : fmt::format(" by signal {}", signal), ::getpid(), sessions));
+  take_stops();
+  return {};
+}
+
+Result<std::shared_ptr<StoreLane>> Manager::Impl::image_of(std::size_t record, Inherited& inherited) {
+  if (const auto known = inherited.images.find(record); known != inherited.images.end()) return known->second;
+  const Records::Image image = options_.records->image(record);
+  return inherited.images.emplace(record, images_->take_up(UniqueFd(image.file), image.name)).first->second;
+}
+
+Result<void> Manager::Impl::take_up(const Records::Session& session, Inherited& inherited) {
+  Records& records = *options_.records;
+  Result<std::shared_ptr<StoreLane>> lane = image_of(session.image, inherited);
+  if (!lane) return Failure(lane.error());
+  std::shared_ptr<SharedImage> memory;
+  if (session.shares) {
+    memory = inherited.memories[session.image];
+    const Records::Image image = records.image(session.image);
+    if (!memory) {
+      auto taken = images_->take_up_memory(*lane, UniqueFd(image.memory), UniqueFd(image.filled));
+      if (!taken) return Failure(std::move(taken).error());
+      memory = inherited.memories[session.image] = std::move(*taken);
+    }
+  }
+  Result<SessionState> state = SessionState::open(UniqueFd(session.state_file));
+  if (!state) return Failure(std::move(state).error());
+  Result<Uffd> uffd = Uffd::receive(session.uffd, options_.system);
+  if (!uffd) return Failure(std::move(uffd).error());
+  std::optional<UniqueFd> process;
+  if (session.process >= 0) process.emplace(session.process);
+  const SessionInfo info{.kind = session.kind,
+                         .keeps_descriptor = session.kind == SessionKind::native,
+                         .pid = session.pid,
+                         .uid = session.uid,
+                         .image = state->image(),
+                         .lane = *lane,
+                         .state_file = identity_of(state->fd()),
+                         .connection = nullptr};
+  // Before it is run, which may end it at once.
+  records.taken_up(session, *lane, memory);
+  sessions_.emplace(session.id, info);
+  Result<SessionId> id = engine_->attach({
+      .uffd = std::move(*uffd),
+      .state = std::move(*state),
+      .regions = {},
+      .lane = *lane,
+      .process = std::move(process),
+      .id = session.id,
+      .parent = session.parent,
+      .shared = std::move(memory),
+      .begins = nullptr,
+      .may_adopt = [&](int fd) { return is_userfaultfd(fd) && !records.has_uffd(fd); },
+  });
+  if (!id) {
+    sessions_.erase(session.id);
+    records.remove(session.id);
+    return Failure(std::move(id).error());
+  }
+  // A native client comes back by itself; its connection went with the worker.
+  if (info.keeps_descriptor) loop_->after(kResumeMs, [this, own = *id] { leave(own); });
+  return {};
+}
+
+Result<void> Manager::Impl::take_up(const Records::Listener& listener, Inherited& inherited) {
+  ListeningSocket socket =
+      ListeningSocket::take_up(UniqueFd(listener.socket), listener.path, listener.device, listener.inode);
+  if (listener.kind == ListenerKind::control) {
+    options_.records->taken_up(listener, nullptr);
+    control_ = std::move(socket);
+    return loop_->add(control_->fd(), EPOLLIN, [this] { accept_control(); });
+  }
+  const bool firecracker = listener.kind == ListenerKind::firecracker;
+  std::shared_ptr<StoreLane> store;
+  if (firecracker) {
+    Result<std::shared_ptr<StoreLane>> lane = image_of(listener.image, inherited);
+    if (!lane) return Failure(lane.error());
+    store = *lane;
+  }
+  std::vector<Subject> allowed;
+  if (!listener.allow.empty()) {
+    Result<std::vector<Subject>> subjects = parse_subjects(listener.allow, Names::refuse);
+    if (!subjects) return Failure(std::move(subjects).error());
+    allowed = std::move(*subjects);
+  }
+  options_.records->taken_up(listener, store);
+  const int fd = socket.fd();
+  Listener& own = listeners_
+                      .emplace(listener.path, Listener{.socket = std::move(socket),
+                                                       .kind = firecracker ? control::ListenKind::firecracker
+                                                                           : control::ListenKind::native,
+                                                       .image = store ? store->store()->name() : "",
+                                                       .store = store,
+                                                       .allowed = std::move(allowed)})
+                      .first->second;
+  return loop_->add(fd, EPOLLIN, [this, &own] { accept(own); });
+}
+
+void Manager::Impl::take_up(UniqueFd socket) {
+  const auto listener = listeners_.find(accepted_at(socket.get()));
+  if (listener == listeners_.end() || listener->second.kind != control::ListenKind::firecracker) return;
+  if (options_.records->has_connection(cookie_of(socket.get()))) {
+    // Its session is served already.
+    drop_peeked(socket.get(), SIZE_MAX);
+    return;
+  }
+  Result<Peer> peer = peer_of(socket.get());
+  if (!peer) return;  // its process has ended
+  const int fd = socket.get();
+  const uid_t user = peer->uid;
+  if (auto allowed = let_in(listener->second, *peer); !allowed)
+    return refused(user, fmt::format("{}: client pid {} uid {}", listener->first, peer->pid, user),
+                   allowed.error());
+  open_connection(std::make_unique<FirecrackerConnection>(std::move(socket), std::move(*peer),
+                                                          listener->first, listener->second.store, *this),
+                  fd, Stage::undecided, user);
+}
+
+// ---- ends -------------------------------------------------------------------------------------------------
+
 void Manager::Impl::session_ended(const SessionStatus& session, SessionEnd end) {
+  if (options_.records != nullptr) options_.records->remove(session.id);
   {
     const std::lock_guard lock(unheard_mutex_);
     unheard_.emplace(session.id, session);
@@ -927,7 +1189,14 @@ void Manager::Impl::forget(const SessionStatus& session, SessionEnd end) {
   const SessionInfo info = found->second;
   sessions_.erase(found);
   ++sessions_ended_;
-  add_counters(ended_counters_, counters_json(session));
+  const nlohmann::json counters = counters_json(session);
+  add_counters(ended_counters_, counters);
+  if (options_.records != nullptr) {
+    Records::Shared& shared = options_.records->shared();
+    shared.sessions_ended = sessions_ended_;
+    std::size_t i = 0;
+    for (const auto& count : counters) shared.totals[i++] += count.get<std::uint64_t>();
+  }
   log_.write(
       fmt::format("session {}: {}; {} faults, {} pages copied, {} shared, {} zero, {} removed, {} failed",
                   session.id, to_string(end), session.faults, session.pages_copied, session.pages_shared,
@@ -937,11 +1206,15 @@ void Manager::Impl::forget(const SessionStatus& session, SessionEnd end) {
   if (ending_ && sessions_.empty()) loop_->stop();
 }
 
-void Manager::Impl::session_forked(const SessionStatus& session) {
+void Manager::Impl::session_forked(const SessionStatus& session, const SessionFiles& files) {
+  if (options_.records != nullptr)
+    if (auto added = options_.records->add_fork(session.parent, session.id, files.uffd, files.state_file);
+        !added)
+      warn(session.id, "it would be lost if this process ended: " + added.error().text());
   loop_->post([this, session] {
     const auto parent = sessions_.find(session.parent);
     // The parent may have ended meanwhile; the child knows no more of its process than its user then.
-    SessionInfo info{.kind = "fork",
+    SessionInfo info{.kind = SessionKind::fork,
                      .keeps_descriptor = false,
                      .pid = 0,
                      .uid = 0,
@@ -1066,7 +1339,7 @@ nlohmann::json Manager::Impl::status() {
     entry["pid"] = info.pid;
     entry["uid"] = info.uid;
     entry["image"] = info.image;
-    entry["kind"] = info.kind;
+    entry["kind"] = to_string(info.kind);
     entry["connected"] = info.connection != nullptr;
     entry["sharing"] = to_string(status.sharing);
     entry["memory_bytes"] = status.memory_bytes;
@@ -1090,25 +1363,34 @@ nlohmann::json Manager::Impl::status() {
     shared.push_back({{"image", image->lane()->store()->name()},
                       {"bytes", image->size().value},
                       {"filled_pages", image->filled_pages()}});
-  return {{"pid", ::getpid()},
-          {"uptime_ms", (monotonic_ns() - started_ns_) / 1'000'000},
-          {"ending", ending_},
-          {"listeners", listeners()},
-          {"sessions", std::move(sessions)},
-          {"shared_images", std::move(shared)},
-          {"image_cache", cache_to_json(images_->cache())},
-          {"sessions_left_out", left_out},
-          {"late_faults", watchdog_.late_faults()},
-          {"sandbox", confinement()},
-          {"users", users()},
-          {"user_limits",
-           {{"sessions", options_.user_limits.sessions},
-            {"regions", options_.user_limits.regions},
-            {"memory_bytes", options_.user_limits.memory_bytes},
-            {"requests_per_second", options_.user_limits.requests_per_second}}},
-          {"sessions_ended", sessions_ended_},
-          {"clients_refused", clients_refused_},
-          {"total", std::move(total)}};
+  nlohmann::json answer = {{"pid", ::getpid()}, {"worker", {{"pid", ::getpid()}}}};
+  if (options_.records != nullptr) {
+    const Records::Shared& kept = options_.records->shared();
+    answer["pid"] = kept.keeper.load();
+    answer["keeper"] = {{"pid", kept.keeper.load()}};
+    answer["standby"] = {{"pid", kept.standby.load()}};
+    answer["takeovers"] = kept.workers - 1;
+    answer["upgrades"] = kept.upgrades.load();
+  }
+  answer.update({{"uptime_ms", (monotonic_ns() - started_ns_) / 1'000'000},
+                 {"ending", ending_},
+                 {"listeners", listeners()},
+                 {"sessions", std::move(sessions)},
+                 {"shared_images", std::move(shared)},
+                 {"image_cache", cache_to_json(images_->cache())},
+                 {"sessions_left_out", left_out},
+                 {"late_faults", watchdog_.late_faults()},
+                 {"sandbox", confinement()},
+                 {"users", users()},
+                 {"user_limits",
+                  {{"sessions", options_.user_limits.sessions},
+                   {"regions", options_.user_limits.regions},
+                   {"memory_bytes", options_.user_limits.memory_bytes},
+                   {"requests_per_second", options_.user_limits.requests_per_second}}},
+                 {"sessions_ended", sessions_ended_},
+                 {"clients_refused", clients_refused_},
+                 {"total", std::move(total)}});
+  return answer;
 }
 
 // ---- Manager ----------------------------------------------------------------------------------------------
@@ -1117,7 +1399,11 @@ Manager::Manager(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Manager::~Manager() = default;
 
 Result<std::unique_ptr<Manager>> Manager::create(const ManagerOptions& options) {
-  auto impl = std::make_unique<Impl>(options);
+  // Before anything is opened here: what is open now is a worker's of before.
+  std::vector<UniqueFd> connections;
+  if (options.records != nullptr && options.records->shared().is_ready != 0)
+    connections = options.records->sweep();
+  auto impl = std::make_unique<Impl>(options, std::move(connections));
   if (auto started = impl->start(); !started) return Failure(std::move(started).error());
   return std::unique_ptr<Manager>(new Manager(std::move(impl)));
 }
@@ -1148,6 +1434,9 @@ std::string Manager::listening() const {
 }
 Result<void> Manager::stop_at_signals() {
   return impl_->stop_at_signals();
+}
+Result<void> Manager::take_up() {
+  return impl_->take_up();
 }
 void Manager::on_ending(std::function<void()> tell) {
   impl_->on_ending(std::move(tell));

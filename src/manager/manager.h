@@ -24,6 +24,8 @@
 
 namespace uffdkit {
 
+class Records;
+
 struct ManagerOptions {
   unsigned workers = 0;               // see EngineOptions
   PageCount fault_around{16};         // see SessionOptions
@@ -41,6 +43,8 @@ struct ManagerOptions {
   ByteCount image_cache_bytes = image::kCacheBytesDefault;
   // By which clients' userfaultfds are used. Outlives the manager.
   SystemCalls& system = linux_system_calls();
+  // What a successor finds all by; nullptr: nothing outlives this process. Outlives the manager.
+  Records* records = nullptr;
 };
 
 class Manager {
@@ -65,6 +69,11 @@ class Manager {
   // Who asks for status, and adds and removes sockets.
   Result<void> listen_control(const std::string& socket);
 
+  // In the place of listening: goes on with all that the records say that a manager of before had, which has
+  // ended. Before anything else is opened, so that its descriptors can be told from this process's. Errors:
+  // no descriptors to be had. What of it cannot be taken up is logged.
+  Result<void> take_up();
+
   // Called once when the end begins, on the thread of run().
   void on_ending(std::function<void()> tell);
 
@@ -78,7 +87,8 @@ class Manager {
   bool run();
   // A second call ends the waiting.
   void stop();
-  // Has SIGTERM and SIGINT call stop(). The caller has blocked them in all threads, before create().
+  // Has SIGTERM and SIGINT call stop(), or with records the keeper's signal. The caller has blocked them in
+  // all threads, before create().
   Result<void> stop_at_signals();
 
  private:

@@ -1,6 +1,7 @@
 // What connections ask of the manager, and what it tells them.
 #pragma once
 
+#include <sys/epoll.h>
 #include <uffdkit/error.h>
 #include <uffdkit/uffd.h>
 #include <uffdkit/unique_fd.h>
@@ -25,6 +26,8 @@ namespace uffdkit {
 class Connection {
  public:
   virtual ~Connection() = default;
+  // How its descriptor is waited for at first: see EventLoop::add.
+  virtual std::uint32_t events() const { return EPOLLIN; }
   // Its descriptor can be read or written.
   virtual void ready() = 0;
   // Whether its peer is made to wait for an answer.
@@ -42,9 +45,10 @@ struct NewSession {
   AttachRequest request;
   UniqueFd uffd;  // as received: nothing is known of it
   const Peer* peer;
-  bool keeps_descriptor;  // the client itself holds the userfaultfd, and will look for a successor of this
-                          // manager
-  Sharing sharing{};      // of all its regions
+  std::uint64_t connection;  // the cookie of its socket
+  bool keeps_descriptor;     // the client itself holds the userfaultfd, and will look for a successor of this
+                             // manager
+  Sharing sharing{};         // of all its regions
 };
 
 struct AttachedSession {
@@ -68,6 +72,8 @@ class ConnectionService {
   // Checks everything and has it served. Errors say what is wrong with the request.
   virtual Result<AttachedSession> attach(NewSession session, std::shared_ptr<StoreLane> image,
                                          Connection* connection) = 0;
+  // The client has been told of the session.
+  virtual void acknowledged(SessionId session) = 0;
   // Goes on with a session of this manager or of another, which is known by its state file. EBUSY: a living
   // connection has it. EPERM: `peer` may not have its image.
   virtual void resume(UniqueFd uffd, UniqueFd state_file, const Peer& peer, Connection* connection,

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "manager/keeper.h"
 #include "manager/manager.h"
 #include "manager/sandbox.h"
 #include "tool/command.h"
@@ -43,6 +44,7 @@ struct Options {
   unsigned read_retries = ReadRetries().count;
   std::vector<std::string> store_faults;
   std::uint64_t image_cache_bytes = image::kCacheBytesDefault.value;
+  bool no_keeper = false;
 };
 
 // The two sides of the first "=" of a text that is_pair() accepts.
@@ -61,11 +63,15 @@ CLI::Validator is_pair(const std::string& form) {
   return CLI::Validator(check, form, form);
 }
 
-Result<void> open_everything(Manager& manager, const Options& options) {
+Result<void> allow_whom_the_options_name(Manager& manager, const Options& options) {
   for (const std::string& rule : options.allow)
     if (auto allowed = manager.allow(rule); !allowed) return allowed;
   for (const std::string& who : options.allow_control)
     if (auto allowed = manager.allow_control(who); !allowed) return allowed;
+  return {};
+}
+
+Result<void> open_everything(Manager& manager, const Options& options) {
   for (const std::string& text : options.images) {
     const auto [name, path] = split(text);
     if (auto added = manager.add_image(name, path); !added) return added;
@@ -92,22 +98,20 @@ Result<std::vector<StoreFault>> store_faults(const Options& options) {
   return faults;
 }
 
-int run(const Options& options) {
-  sigset_t signals;
-  ::sigemptyset(&signals);
-  ::sigaddset(&signals, SIGTERM);
-  ::sigaddset(&signals, SIGINT);
-  ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
-  ::signal(SIGPIPE, SIG_IGN);
-  raise_descriptor_limit();
+// Where a worker goes on with what there is, images that clients may ask for by name.
+void add_images(Manager& manager, const Options& options) {
+  for (const std::string& text : options.images) {
+    const auto [name, path] = split(text);
+    if (auto added = manager.add_image(name, path); !added) report(added.error());
+  }
+  for (const std::string& directory : options.image_directories)
+    if (auto added = manager.add_image_directory(directory); !added) report(added.error());
+}
+
+// Serves until the end. `records` is nullptr where nobody keeps this process.
+int serve(const Options& options, const std::vector<StoreFault>& faults, Records* records) {
   if (!options.no_sandbox)
     if (auto dropped = drop_privileges(); !dropped) return report(dropped.error());
-
-  Result<std::vector<StoreFault>> faults = store_faults(options);
-  if (!faults) {
-    report(faults.error());
-    return kExitUsage;
-  }
   Result<std::unique_ptr<Manager>> manager =
       Manager::create({.workers = options.workers,
                        .fault_around = PageCount(options.fault_around),
@@ -119,20 +123,56 @@ int run(const Options& options) {
                        .watchdog_ms = static_cast<std::int64_t>(options.watchdog_seconds * 1000),
                        .on_error = options.on_error,
                        .read_retries = {.count = options.read_retries},
-                       .store_faults = std::move(*faults),
-                       .image_cache_bytes = ByteCount(options.image_cache_bytes)});
+                       .store_faults = faults,
+                       .image_cache_bytes = ByteCount(options.image_cache_bytes),
+                       .records = records});
   if (!manager) return report(manager.error());
-  if (auto opened = open_everything(**manager, options); !opened) return report(opened.error());
+  if (auto allowed = allow_whom_the_options_name(**manager, options); !allowed)
+    return report(allowed.error());
+  const bool takes_up = records != nullptr && records->shared().is_ready != 0;
+  if (takes_up) {
+    if (auto taken = (*manager)->take_up(); !taken) return report(taken.error());
+    add_images(**manager, options);
+  } else if (auto opened = open_everything(**manager, options); !opened) {
+    return report(opened.error());
+  }
   if (auto signalled = (*manager)->stop_at_signals(); !signalled) return report(signalled.error());
   if (!options.no_sandbox)
     if (auto filtered = filter_system_calls(); !filtered) return report(filtered.error());
 
-  fmt::print("uffdkit: ready{}\n", (*manager)->listening());
-  std::fflush(stdout);
-  ::sd_notify(0, "READY=1");
-  (*manager)->on_ending([] { ::sd_notify(0, "STOPPING=1"); });
+  if (!takes_up) {
+    fmt::print("uffdkit: ready{}\n", (*manager)->listening());
+    std::fflush(stdout);
+  }
+  if (records != nullptr) {
+    records->tell_serving();
+  } else {
+    ::sd_notify(0, "READY=1");
+    (*manager)->on_ending([] { ::sd_notify(0, "STOPPING=1"); });
+  }
   const bool good = (*manager)->run();
   return good ? kExitDone : kExitFailed;
+}
+
+int run(const Options& options) {
+  sigset_t signals;
+  ::sigemptyset(&signals);
+  for (const int signal : {SIGTERM, SIGINT, SIGHUP, Keeper::stop_signal()}) ::sigaddset(&signals, signal);
+  if (options.no_keeper) ::sigdelset(&signals, SIGHUP);
+  ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  ::signal(SIGPIPE, SIG_IGN);
+  raise_descriptor_limit();
+
+  Result<std::vector<StoreFault>> faults = store_faults(options);
+  if (!faults) {
+    report(faults.error());
+    return kExitUsage;
+  }
+  if (options.no_keeper) return serve(options, *faults, nullptr);
+  Result<std::unique_ptr<Keeper>> keeper = Keeper::create();
+  if (!keeper) return report(keeper.error());
+  return (*keeper)->run([&](Records& records) { return serve(options, *faults, &records); },
+                        [](const std::string& line) { ::sd_notify(0, line.c_str()); });
 }
 
 }  // namespace
@@ -221,6 +261,8 @@ void add_serve(CLI::App& app, int& exit_code) {
   command->add_option("--store-fault", options->store_faults,
                       "KIND[,KEY=VALUE]...: for tests, has reads of images fail, lie or last; repeatable");
   add_no_sandbox_option(*command, options->no_sandbox);
+  command->add_flag("--no-keeper", options->no_keeper,
+                    "Serve in this process alone, which nothing takes over from: for debuggers");
   command->footer(
       "Ends at SIGTERM or SIGINT, after completing the memory of its Firecracker clients; at a second one, "
       "at once.\n"

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <cstddef>
 #include <cstring>
 #include <thread>
 #include <utility>
@@ -267,7 +268,9 @@ Result<void> send_all(int socket, std::span<const std::byte> bytes, std::span<co
   return {};
 }
 
-Result<Piece> receive_some(int socket, std::span<std::byte> buffer) {
+namespace {
+
+Result<Piece> receive(int socket, std::span<std::byte> buffer, int flags) {
   CHECK(!buffer.empty());
   iovec part{.iov_base = buffer.data(), .iov_len = buffer.size()};
   alignas(cmsghdr) std::array<char, CMSG_SPACE(kFdsPerMessageMax * sizeof(int))> control;
@@ -278,7 +281,7 @@ Result<Piece> receive_some(int socket, std::span<std::byte> buffer) {
   message.msg_controllen = control.size();
   ssize_t received;
   do {
-    received = ::recvmsg(socket, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    received = ::recvmsg(socket, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC | flags);
   } while (received < 0 && errno == EINTR);
   if (received < 0 && errno == EAGAIN) return Piece{};
   if (received < 0) return Failure(Error::from_errno("receive", errno));
@@ -288,6 +291,47 @@ Result<Piece> receive_some(int socket, std::span<std::byte> buffer) {
   piece.fds_lost = (message.msg_flags & MSG_CTRUNC) != 0;
   piece.end = received == 0;
   return piece;
+}
+
+}  // namespace
+
+Result<Piece> receive_some(int socket, std::span<std::byte> buffer) {
+  return receive(socket, buffer, 0);
+}
+
+Result<Piece> peek_some(int socket, std::span<std::byte> buffer) {
+  return receive(socket, buffer, MSG_PEEK);
+}
+
+Result<void> peek_from_start(int socket) {
+  const int offset = 0;
+  if (::setsockopt(socket, SOL_SOCKET, SO_PEEK_OFF, &offset, sizeof offset) != 0)
+    return Failure(Error::from_errno("look at what a client has sent", errno));
+  return {};
+}
+
+void drop_peeked(int socket, std::size_t bytes) {
+  std::array<std::byte, 16'384> buffer;
+  while (bytes > 0) {
+    const Result<Piece> piece = receive_some(socket, std::span(buffer).first(std::min(bytes, buffer.size())));
+    if (!piece || piece->bytes.empty()) return;
+    bytes -= piece->bytes.size();
+  }
+}
+
+std::uint64_t cookie_of(int socket) {
+  std::uint64_t cookie = 0;
+  socklen_t size = sizeof cookie;
+  return ::getsockopt(socket, SOL_SOCKET, SO_COOKIE, &cookie, &size) == 0 ? cookie : 0;
+}
+
+std::string accepted_at(int socket) {
+  sockaddr_un address{};
+  socklen_t size = sizeof address;
+  if (::getsockname(socket, reinterpret_cast<sockaddr*>(&address), &size) != 0 ||
+      size <= offsetof(sockaddr_un, sun_path))
+    return {};
+  return {address.sun_path, ::strnlen(address.sun_path, size - offsetof(sockaddr_un, sun_path))};
 }
 
 Result<Peer> peer_of(int socket) {

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "wire/piece.h"
@@ -38,6 +39,11 @@ class ListeningSocket {
   // Errors: path empty or too long; in use; not a socket; the directory is missing or closed to us.
   static Result<ListeningSocket> open(const std::string& path);
 
+  // The same listener in another process, by what it has said of itself.
+  static ListeningSocket take_up(UniqueFd fd, std::string path, dev_t device, ino_t inode) {
+    return {std::move(fd), std::move(path), device, inode};
+  }
+
   ListeningSocket(ListeningSocket&& other) noexcept;
   ListeningSocket& operator=(ListeningSocket&& other) noexcept;
   // Removes the file if it is still the one that open() made.
@@ -45,6 +51,9 @@ class ListeningSocket {
 
   int fd() const { return fd_.get(); }
   const std::string& path() const { return path_; }
+  // Of the file that open() made.
+  dev_t device() const { return device_; }
+  ino_t inode() const { return inode_; }
 
   // One waiting connection, if there is one.
   Accepted accept() const;
@@ -77,6 +86,19 @@ Result<void> send_all(int socket, std::span<const std::byte> bytes, std::span<co
 // One recvmsg(2) that does not wait. `buffer` is not empty; the piece's bytes lie in it.
 // Errors: ECONNRESET (the peer went away with our bytes unread), or a bug's EBADF, ENOTSOCK.
 Result<Piece> receive_some(int socket, std::span<std::byte> buffer);
+
+// The same, but what it gives stays in the socket, its descriptors too, for whoever receives next. Each call
+// goes on behind the one before, from where peek_from_start() has set it. A descriptor may come more than
+// once.
+Result<Piece> peek_some(int socket, std::span<std::byte> buffer);
+Result<void> peek_from_start(int socket);
+// Takes `bytes` out of the socket, which have been peeked at, and drops them with their descriptors.
+void drop_peeked(int socket, std::size_t bytes);
+
+// Tells a connection from all others that this machine has had since it was started; 0 if there can be none.
+std::uint64_t cookie_of(int socket);
+// The path of the listener that has accepted a connection; empty if it has none.
+std::string accepted_at(int socket);
 
 // Who is at the other end of a connection, as of when it connected.
 struct Peer {

@@ -74,19 +74,19 @@ TEST_F(Cycles, LeaveAManagersDescriptorsThreadsAndMemoryAsTheyWere) {
   run(kCyclesOfAProcess);
   ASSERT_TRUE(eventually(is_at_rest));
   const Footprint before = manager.footprint();
-  const std::uint64_t memory_before = memory_of(manager.pid());
+  const std::uint64_t memory_before = memory_of(manager.worker_pid());
   run(cycles_wanted());
   ASSERT_TRUE(eventually(is_at_rest));
   EXPECT_TRUE(eventually([&] { return manager.footprint().within(before); }))
       << before << " became " << manager.footprint();
   // Sanitizers keep what was freed.
   if (!kSanitized) {
-    EXPECT_LE(memory_of(manager.pid()), memory_before + kGrowthKibMax) << "KiB, of " << memory_before;
+    EXPECT_LE(memory_of(manager.worker_pid()), memory_before + kGrowthKibMax) << "KiB, of " << memory_before;
   }
   EXPECT_EQ(manager.count("sessions_ended"), kCyclesOfAProcess + cycles_wanted());
   std::printf("%zu cycles; memory %llu KiB before, %llu KiB after\n", cycles_wanted(),
               static_cast<unsigned long long>(memory_before),
-              static_cast<unsigned long long>(memory_of(manager.pid())));
+              static_cast<unsigned long long>(memory_of(manager.worker_pid())));
 }
 
 }  // namespace

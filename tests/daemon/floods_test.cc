@@ -70,7 +70,7 @@ class Floods : public ManagerTest {
   }
 
   std::uint64_t resident_bytes() const {
-    std::ifstream file("/proc/" + std::to_string(manager_.pid()) + "/statm");
+    std::ifstream file("/proc/" + std::to_string(manager_.worker_pid()) + "/statm");
     std::uint64_t all_pages = 0;
     std::uint64_t resident_pages = 0;
     file >> all_pages >> resident_pages;

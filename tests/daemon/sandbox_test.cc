@@ -53,14 +53,14 @@ TEST_F(Sandbox, EveryThreadOfAManagerIsInItAndStatusSaysSo) {
   Child process = client(image_, whole(image_), socket_,
                          [](const ClientMemory& memory, const Channel&) { memory.check_all(2, 1); });
   EXPECT_EQ(process.wait(), 0);
-  EXPECT_EQ(of_threads(manager.pid(), "Seccomp"), std::set<std::string>{"2"});
-  EXPECT_EQ(of_threads(manager.pid(), "NoNewPrivs"), std::set<std::string>{"1"});
+  EXPECT_EQ(of_threads(manager.worker_pid(), "Seccomp"), std::set<std::string>{"2"});
+  EXPECT_EQ(of_threads(manager.worker_pid(), "NoNewPrivs"), std::set<std::string>{"1"});
   // CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_KILL, CAP_IPC_LOCK, if it has any.
   if (geteuid() == 0) {
     for (const char* set : {"CapEff", "CapPrm", "CapBnd"})
-      EXPECT_EQ(of_threads(manager.pid(), set), std::set<std::string>{"0000000000004026"}) << set;
+      EXPECT_EQ(of_threads(manager.worker_pid(), set), std::set<std::string>{"0000000000004026"}) << set;
   }
-  EXPECT_EQ(of_threads(manager.pid(), "CapInh"), std::set<std::string>{"0000000000000000"});
+  EXPECT_EQ(of_threads(manager.worker_pid(), "CapInh"), std::set<std::string>{"0000000000000000"});
   const nlohmann::json sandbox = manager.status().at("sandbox");
   EXPECT_TRUE(sandbox.at("system_calls_filtered")) << sandbox;
   EXPECT_TRUE(sandbox.at("no_new_privileges")) << sandbox;
@@ -76,7 +76,7 @@ TEST_F(Sandbox, CanBeLeftOut) {
   std::vector<std::string> arguments = firecracker(socket_, image_);
   arguments.emplace_back("--no-sandbox");
   const ManagerProcess manager(directory_, arguments);
-  EXPECT_EQ(of_threads(manager.pid(), "Seccomp"), of_threads(getpid(), "Seccomp"));
+  EXPECT_EQ(of_threads(manager.worker_pid(), "Seccomp"), of_threads(getpid(), "Seccomp"));
   EXPECT_FALSE(manager.status().at("sandbox").at("system_calls_filtered"));
   EXPECT_FALSE(manager.status().at("sandbox").at("closed_to_own_user"));
 }

@@ -19,7 +19,7 @@ namespace {
 
 class NoListener final : public EngineListener {
   void session_ended(const SessionStatus&, SessionEnd) override {}
-  void session_forked(const SessionStatus&) override {}
+  void session_forked(const SessionStatus&, const SessionFiles&) override {}
   void detach_failed(SessionId, const Error&) override {}
   void page_failed(SessionId, const Error&) override {}
   void warn(SessionId, const std::string&) override {}

@@ -25,8 +25,6 @@ namespace uffdkit::test {
 namespace {
 
 constexpr std::chrono::seconds kPatience{30};
-// Ends a manager whose test was killed, and one that hangs: alarm(2) outlives exec.
-constexpr unsigned kLifetimeSeconds = 100;
 
 [[noreturn]] void fail(const std::string& what) {
   throw std::system_error(errno, std::generic_category(), what);
@@ -61,6 +59,24 @@ std::size_t entries_in(const std::string& directory) {
   return static_cast<std::size_t>(std::distance(begin(entries), end(entries)));
 }
 
+// Ends a manager whose test was killed, and one that hangs. Its processes keep each other alive, so that the
+// death of their parent is not enough.
+pid_t start_guard(pid_t group, int pipe_end, int other_end, std::chrono::milliseconds lifetime) {
+  const pid_t guard = fork();
+  if (guard != 0) return guard;
+  close(other_end);
+  pollfd entry{.fd = pipe_end, .events = POLLIN, .revents = 0};
+  (void)poll(&entry, 1, static_cast<int>(lifetime.count()));
+  kill(-group, SIGKILL);
+  _exit(0);
+}
+
+// Reaps all processes of a group, of which nothing is left to run.
+void reap_group(pid_t group) {
+  while (waitpid(-group, nullptr, 0) > 0 || errno == EINTR) {
+  }
+}
+
 }  // namespace
 
 std::ostream& operator<<(std::ostream& out, const Footprint& footprint) {
@@ -84,7 +100,7 @@ ManagerProcess::ManagerProcess(const TempDir& directory, const std::vector<std::
                                const Setting& setting)
     : control_(directory / "control.sock"),
       log_path_(directory / ("manager-" + std::to_string(entries_in(directory.path().string())) + ".log")) {
-  std::vector<std::string> words = {UFFDKIT_BINARY_DIR "/uffdkit", "serve", "--control", control_};
+  std::vector<std::string> words = {setting.program, "serve", "--control", control_};
   words.insert(words.end(), arguments.begin(), arguments.end());
   // Sanitizers have threads and system calls of their own.
   if (kSanitized) words.emplace_back("--no-sandbox");
@@ -100,19 +116,24 @@ ManagerProcess::ManagerProcess(const TempDir& directory, const std::vector<std::
   const UniqueFd log_file(open(log_path_.c_str(), O_CREAT | O_WRONLY | O_APPEND | O_CLOEXEC, 0600));
   if (!log_file) fail(log_path_);
 
-  const pid_t parent = getpid();
+  int guard_ends[2];
+  if (pipe2(guard_ends, O_CLOEXEC) != 0) fail("pipe2");
+  guard_pipe_.reset(guard_ends[1]);
+  const UniqueFd guard_end(guard_ends[0]);
+  // What it leaves behind is ours to reap.
+  if (prctl(PR_SET_CHILD_SUBREAPER, 1) != 0) fail("prctl");
   pid_ = fork();
   if (pid_ < 0) fail("fork");
   if (pid_ == 0) {
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (getppid() != parent) _exit(127);
-    alarm(kLifetimeSeconds);
+    setpgid(0, 0);
     const rlimit limit{.rlim_cur = setting.descriptors_max, .rlim_max = setting.descriptors_max};
     const bool limited = setting.descriptors_max == 0 || setrlimit(RLIMIT_NOFILE, &limit) == 0;
     if (limited && dup2(write_end.get(), STDOUT_FILENO) >= 0 && dup2(log_file.get(), STDERR_FILENO) >= 0)
       execve(argv[0], argv.data(), envp.data());
     _exit(127);
   }
+  setpgid(pid_, pid_);
+  guard_ = start_guard(pid_, guard_end.get(), guard_pipe_.get(), setting.lifetime);
   // Only the manager has it open now, so its end is seen.
   write_end.reset();
   try {
@@ -129,13 +150,22 @@ ManagerProcess::~ManagerProcess() {
   kill();
 }
 
-nlohmann::json ManagerProcess::ask(const std::string& line) const {
+nlohmann::json ManagerProcess::ask(const std::string& line, int attempts_left) const {
   const Result<UniqueFd> socket = connect_unix(control_, kPatience);
   if (!socket) throw std::runtime_error(socket.error().text());
   const std::string request = line + "\n";
   if (const auto sent = send_all(socket->get(), std::as_bytes(std::span(request)), {}, kPatience); !sent)
     throw std::runtime_error(sent.error().text());
-  const std::string answer = read_line(socket->get());
+  // A worker that is killed answers nobody; the next one does.
+  std::string answer;
+  try {
+    answer = read_line(socket->get());
+  } catch (const std::system_error&) {
+  }
+  if (answer.empty() && attempts_left > 0) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    return ask(line, attempts_left - 1);
+  }
   if (answer.empty()) throw std::runtime_error("no answer on the control socket; the log:\n" + log());
   return nlohmann::json::parse(answer);
 }
@@ -145,7 +175,7 @@ std::uint64_t ManagerProcess::total(const char* counter) const {
 }
 
 Footprint ManagerProcess::footprint() const {
-  const std::string process = "/proc/" + std::to_string(pid_);
+  const std::string process = "/proc/" + std::to_string(worker_pid());
   Footprint footprint{.descriptors = entries_in(process + "/fd"),
                       .threads = entries_in(process + "/task"),
                       .state_mappings = 0};
@@ -156,7 +186,7 @@ Footprint ManagerProcess::footprint() const {
 }
 
 std::chrono::milliseconds ManagerProcess::cpu_time() const {
-  std::ifstream file("/proc/" + std::to_string(pid_) + "/stat");
+  std::ifstream file("/proc/" + std::to_string(worker_pid()) + "/stat");
   std::string text;
   std::getline(file, text);
   // The name may hold spaces; after its closing bracket come the state and 10 numbers, then the two times.
@@ -183,7 +213,7 @@ void ManagerProcess::signal(int number) const {
 int ManagerProcess::wait() {
   int status = 0;
   if (waitpid(pid_, &status, 0) != pid_) fail("waitpid");
-  pid_ = -1;
+  kill();
   return WIFSIGNALED(status) ? -WTERMSIG(status) : WEXITSTATUS(status);
 }
 
@@ -194,9 +224,13 @@ int ManagerProcess::stop() {
 
 void ManagerProcess::kill() {
   if (pid_ < 0) return;
-  ::kill(pid_, SIGKILL);
-  waitpid(pid_, nullptr, 0);
+  ::kill(-pid_, SIGKILL);
+  reap_group(pid_);
   pid_ = -1;
+  // Other children of the test may have the pipe open still.
+  ::kill(guard_, SIGKILL);
+  waitpid(guard_, nullptr, 0);
+  guard_pipe_.reset();
 }
 
 }  // namespace uffdkit::test

@@ -37,6 +37,8 @@ class ManagerProcess {
   struct Setting {
     std::vector<std::string> environment = {};  // "NAME=VALUE", added to the test's own
     std::size_t descriptors_max = 0;            // RLIMIT_NOFILE; 0: as it is
+    std::string program = UFFDKIT_BINARY_DIR "/uffdkit";
+    std::chrono::milliseconds lifetime = std::chrono::seconds(100);  // then it is killed
   };
 
   // Starts `uffdkit serve ARGUMENTS --control DIR/control.sock` and waits until it says that it is ready;
@@ -47,13 +49,16 @@ class ManagerProcess {
   ManagerProcess(const ManagerProcess&) = delete;
   ManagerProcess& operator=(const ManagerProcess&) = delete;
 
+  // The process that was started: the keeper. It and what it has started are a process group of their own.
   pid_t pid() const { return pid_; }
+  // The process that serves at this moment.
+  pid_t worker_pid() const { return status().at("worker").at("pid").get<pid_t>(); }
   const std::string& control() const { return control_; }
   // The line by which it said that it is ready.
   const std::string& ready_line() const { return ready_line_; }
 
   // The answer to one line on the control socket.
-  nlohmann::json ask(const std::string& line) const;
+  nlohmann::json ask(const std::string& line, int attempts_left = 1000) const;
   nlohmann::json status() const { return ask(R"({"command":"status"})"); }
   std::size_t sessions() const { return status().at("sessions").size(); }
   std::uint64_t count(const char* name) const { return status().at(name).get<std::uint64_t>(); }
@@ -73,7 +78,7 @@ class ManagerProcess {
   int wait();
   // Ends it by SIGTERM.
   int stop();
-  // Ends it by SIGKILL.
+  // Ends all of its processes at once by SIGKILL.
   void kill();
 
  private:
@@ -82,6 +87,8 @@ class ManagerProcess {
   std::string ready_line_;
   UniqueFd out_;
   pid_t pid_ = -1;
+  pid_t guard_ = -1;
+  UniqueFd guard_pipe_;
 };
 
 }  // namespace uffdkit::test

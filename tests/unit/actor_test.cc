@@ -41,7 +41,7 @@ class FakeListener final : public EngineListener {
  public:
   int ends = 0;
   void session_ended(const SessionStatus&, SessionEnd) override { ++ends; }
-  void session_forked(const SessionStatus&) override {}
+  void session_forked(const SessionStatus&, const SessionFiles&) override {}
   void detach_failed(SessionId, const Error&) override {}
   void page_failed(SessionId, const Error&) override {}
   void warn(SessionId, const std::string&) override {}
