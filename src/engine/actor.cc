@@ -18,9 +18,11 @@ constexpr std::uint64_t kFaultsPerRun = 64;
 // And the time in which they came, when it looks for more of them.
 constexpr std::int64_t kRunMaxNs = 5'000'000;
 // After so many sleeps in a row before which looking for the next fault was in vain, it is looked for before
-// every kSpinAgain-th sleep only.
+// every kSpinAgain-th sleep only. So it is at once where the worker gave way and did not get the CPU back in
+// time: on a busy CPU it waits for milliseconds then, and one that is woken does not.
 constexpr unsigned kSpinMissesMax = 8;
-constexpr unsigned kSpinAgain = 32;
+constexpr unsigned kSpinAgain = 1024;
+constexpr std::int64_t kSpinLateNs = 100'000;
 // When a command that was refused for now is tried again, and a descriptor that could not be armed.
 constexpr std::int64_t kRetryNs = 200'000;
 
@@ -86,8 +88,9 @@ void Actor::fetched(std::unique_ptr<Fetch> fetch) {
     const std::uint64_t faults_now = faults.load(std::memory_order_relaxed);
     const bool came = faults_now != faults_before;
     if (came) {
+      const bool late = turn_ns_ - last_fault_ns > kSpinLateNs;
+      if (std::exchange(spun, false)) spin_misses_ = late ? kSpinMissesMax : 0;
       last_fault_ns = turn_ns_;
-      if (std::exchange(spun, false)) spin_misses_ = 0;
     }
     if (first_fault_ns == 0) first_fault_ns = last_fault_ns;
     const bool at_once = came && faults_now - faults_at_start < kFaultsPerRun;
@@ -97,7 +100,7 @@ void Actor::fetched(std::unique_ptr<Fetch> fetch) {
       turns = 0;
       continue;
     }
-    if (std::exchange(spun, false)) ++spin_misses_;
+    if (spun) spin_misses_ += monotonic_ns() - last_fault_ns > kSpinLateNs ? kSpinMissesMax : 1;
     if (reads_ && !armed_.exchange(true) && !scheduler_.arm(id_, session_.uffd().fd())) {
       // A session that is not armed hears of no fault.
       armed_.store(false);

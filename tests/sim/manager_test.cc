@@ -183,6 +183,9 @@ class World {
           client->connection->ask(native::Detach{.mode = native::DetachMode::populate});
       if (!std::holds_alternative<native::Ok>(answer)) fail("a client could not be completed");
     }
+    // The last answer goes out just before the session is forgotten.
+    const auto until = std::chrono::steady_clock::now() + kHang;
+    while (descriptors_.held() != 0 && std::chrono::steady_clock::now() < until) std::this_thread::yield();
     if (descriptors_.held() != 0) fail("the manager has kept a userfaultfd");
   }
 
