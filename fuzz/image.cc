@@ -34,8 +34,9 @@ int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   if (size < 5) return 0;
   const auto input = fuzz::bytes_of(data, size);
   const auto rest = input.subspan(5);
-  const std::size_t record_bytes = std::min<std::size_t>(data[1] | data[2] << 8, rest.size());
-  const std::size_t table_bytes = std::min<std::size_t>(data[3] | data[4] << 8, rest.size() - record_bytes);
+  const std::size_t record_bytes = std::min<std::size_t>(data[1] | std::size_t{data[2]} << 8, rest.size());
+  const std::size_t table_bytes =
+      std::min<std::size_t>(data[3] | std::size_t{data[4]} << 8, rest.size() - record_bytes);
   std::vector<std::byte> record(rest.begin(), rest.begin() + static_cast<std::ptrdiff_t>(record_bytes));
   const auto table = rest.subspan(record_bytes, table_bytes);
   if (data[0] & 1) mend(record, table);
