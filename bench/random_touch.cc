@@ -22,7 +22,7 @@ struct Settings {
   std::vector<unsigned> threads = {1, 2, 4};
   // Options of uffdkit serve, without their dashes; the first is what the others are compared with.
   std::vector<std::string> variants = {
-      "fault-around=1",  "fault-around=8",   "fault-around=16",           "fault-around=32",
+      "fault-around=1",  "fault-around=8",   "fault-around=16",          "fault-around=32",
       "fault-around=64", "fault-around=128", "fault-around=1,spin-us=0", "fault-around=16,spin-us=0"};
 };
 
