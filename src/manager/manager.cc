@@ -1047,6 +1047,8 @@ Result<void> Manager::Impl::take_up() {
   for (const Records::Listener& listener : records.listeners())
     if (auto taken = take_up(listener, inherited); !taken)
       log_.write(fmt::format("{} is listened at no more: {}", listener.path, taken.error().text()));
+  for (const auto& [record, lane] : inherited.images)
+    if (lane) records.release_image(lane->get());
   for (UniqueFd& socket : std::exchange(inherited_connections_, {})) take_up(std::move(socket));
   const int signal = records.shared().death_signal;
   log_.write(fmt::format("the worker before has ended{}; process {} goes on with {} sessions",
@@ -1058,7 +1060,9 @@ Result<void> Manager::Impl::take_up() {
 Result<std::shared_ptr<StoreLane>> Manager::Impl::image_of(std::size_t record, Inherited& inherited) {
   if (const auto known = inherited.images.find(record); known != inherited.images.end()) return known->second;
   const Records::Image image = options_.records->image(record);
-  return inherited.images.emplace(record, images_->take_up(UniqueFd(image.file), image.name)).first->second;
+  Result<std::shared_ptr<StoreLane>> lane = images_->take_up(UniqueFd(image.file), image.name);
+  if (lane) options_.records->hold_image(record, lane->get());
+  return inherited.images.emplace(record, std::move(lane)).first->second;
 }
 
 Result<void> Manager::Impl::take_up(const Records::Session& session, Inherited& inherited) {

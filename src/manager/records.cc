@@ -67,7 +67,7 @@ bool is_connected_socket(int fd) {
   return ::getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &size) == 0 && peer.ss_family == AF_UNIX;
 }
 
-// The lowest place from `hint` on that `is_free` says is free, or `count`.
+// The lowest place that `is_free` says is free, or `count`.
 template <class IsFree>
 std::size_t free_place(std::size_t count, const IsFree& is_free) {
   for (std::size_t i = 0; i < count; ++i)
@@ -386,6 +386,16 @@ Records::Image Records::image(std::size_t index) const {
           .name = std::string(record.name.data(), record.name_bytes),
           .memory = record.memory,
           .filled = record.filled};
+}
+
+void Records::hold_image(std::size_t index, const StoreLane* lane) {
+  const std::lock_guard lock(mutex_);
+  ++images_.try_emplace(lane, ImageUse{.index = index, .users = 0}).first->second.users;
+}
+
+void Records::release_image(const StoreLane* lane) {
+  const std::lock_guard lock(mutex_);
+  leave_image(lane);
 }
 
 void Records::give_up(const Session& session) {

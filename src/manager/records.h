@@ -138,6 +138,10 @@ class Records {
   // This worker has what the record says; from now on it is removed, and its image kept, as if it had been
   // added here.
   void taken_up(const Session& session, std::shared_ptr<StoreLane> lane, std::shared_ptr<SharedImage> memory);
+  // Keeps the record of an image until release_image(): sessions that are taken up may end at once, and
+  // others of the same image are still to come.
+  void hold_image(std::size_t index, const StoreLane* lane);
+  void release_image(const StoreLane* lane);
   // It cannot be taken up: its descriptors are nobody's.
   void give_up(const Session& session);
   void taken_up(const Listener& listener, std::shared_ptr<StoreLane> lane);
