@@ -423,8 +423,10 @@ Result<SessionId> Engine::Shared::attach(Attachment attachment) {
     if (attachment.shared) session.share_all(attachment.shared);
     if (taken_up)
       session.apply_inbox([&](int fd) { return attachment.may_adopt && attachment.may_adopt(fd); });
-    // Its process may go on without the memory, by exec, which no pidfd tells.
-    if (watched) session.watch_target();
+    // Its process may go on without the memory, by exec, which no pidfd tells. One that is taken up is looked
+    // at now: workers that live for less than the time between two looks would keep the dead for ever.
+    if (watched && taken_up) session.check_target();
+    if (watched && !taken_up) session.watch_target();
     for (const RegionSpec& region : attachment.regions) {
       if (refused) return true;
       if (auto added = session.add_region(region.memory, region.offset, region.page_size, attachment.lane,
