@@ -16,6 +16,7 @@
 #include "support/changing_memory.h"
 #include "support/huge_pages.h"
 #include "support/sanitizers.h"
+#include "support/wall.h"
 
 namespace uffdkit::test {
 namespace {
@@ -80,10 +81,6 @@ class Changes : public ManagerTest, public testing::WithParamInterface<Kind> {
   void start_manager_with_wall() {
     start_manager({"--store-fault", "stall,image=" + image_.path() + ",while=" + wall_});
   }
-  void build_wall() const {
-    require(static_cast<bool>(UniqueFd(open(wall_.c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0600))), "a wall");
-  }
-  void take_wall_down() const { require(unlink(wall_.c_str()) == 0, "unlink"); }
 
   // In units of what the memory can be cut into.
   std::size_t units(std::size_t count) const { return is_huge() ? count * 512 : count; }
@@ -264,18 +261,19 @@ TEST_P(Changes, NoFetchInstallsOldBytesIntoWhatChangesMeanwhile) {
     SCOPED_TRACE(meanwhile.name);
     run([&](ChangingMemory& memory) {
       const std::size_t unit = memory.pages_per_unit();
-      build_wall();
       int ends[2];
       require(pipe2(ends, O_CLOEXEC) == 0, "pipe2");
       {
-        const std::jthread waiting([&] { (void)memory.touch(unit, ends); });
+        std::jthread waiting;
+        Wall wall(wall_);
+        waiting = std::jthread([&] { (void)memory.touch(unit, ends); });
         require(eventually([&] {
                   return manager_->total("fetches") > 0 &&
                          manager_->status().at("sessions")[0].at("pending") == 1;
                 }),
                 "no fetch");
         meanwhile.change(memory, unit);
-        take_wall_down();
+        wall.take_down();
       }
       memory.check_all();
     });
@@ -348,12 +346,12 @@ TEST_P(Changes, AnySequenceOfThemWhileFetchesStallAndOthersTouchLeavesEveryByteR
       };
       const auto change = [&] {
         for (int i = 0; i < kChanges / 4; ++i) {
-          build_wall();
+          Wall wall(wall_);
           for (int changes = 0; changes < 4; ++changes) {
             memory.change(random);
             std::this_thread::sleep_for(std::chrono::microseconds(random() % 500));
           }
-          take_wall_down();
+          wall.take_down();
           memory.use(random);
         }
       };

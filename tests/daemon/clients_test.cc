@@ -19,6 +19,7 @@
 
 #include "daemon/fixture.h"
 #include "support/native_connection.h"
+#include "support/wall.h"
 
 namespace uffdkit::test {
 namespace {
@@ -188,18 +189,15 @@ TEST_F(Clients, OnesThatExitAreKilledOrExecuteAtAnyStageLeaveNothingBehind) {
           ASSERT_TRUE(eventually([&] { return manager.sessions() == 0; }));
           before = manager.footprint();
         }
-        if (stage.stalls) {
-          ASSERT_TRUE(UniqueFd(open(wall.c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0600)));
-        }
+        std::optional<Wall> stands;
+        if (stage.stalls) stands.emplace(wall);
         Child process = program([&](const Channel&) {
           stage.reach();
           end();
         });
         const int code = process.wait();
         EXPECT_TRUE(code == 0 || code == -SIGKILL) << code;
-        if (stage.stalls) {
-          ASSERT_EQ(unlink(wall.c_str()), 0);
-        }
+        if (stands) stands->take_down();
         if (!counts) continue;
         EXPECT_TRUE(eventually([&] {
           return manager.sessions() == 0 && manager.footprint().within(*before);

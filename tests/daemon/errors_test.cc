@@ -12,6 +12,7 @@
 
 #include "daemon/fixture.h"
 #include "support/program.h"
+#include "support/wall.h"
 
 namespace uffdkit::test {
 namespace {
@@ -166,9 +167,9 @@ TEST_F(Errors, WithOnErrorKillTheClientThatTouchesALostPageDiesAndNoOther) {
 TEST_F(Errors, AFaultThatWaitsForLongIsToldWithItsPageItsImageAndTheReason) {
   const TempDir directory;
   const std::string socket = directory / "fc.sock";
-  const std::string wall = directory / "wall";
-  const UniqueFd file(open(wall.c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
-  auto arguments = with_fault(firecracker(socket, image_), "stall,from=64K,to=128K,while=" + wall);
+  const std::string path = directory / "wall";
+  Wall wall(path);
+  auto arguments = with_fault(firecracker(socket, image_), "stall,from=64K,to=128K,while=" + path);
   arguments.insert(arguments.end(), {"--watchdog-seconds", "0.05"});
   const ManagerProcess manager(directory, arguments);
   Child stuck = client(image_, whole(image_), socket, [](const ClientMemory& memory, const Channel& channel) {
@@ -188,7 +189,7 @@ TEST_F(Errors, AFaultThatWaitsForLongIsToldWithItsPageItsImageAndTheReason) {
   EXPECT_EQ(manager.count("late_faults"), 1u);
   const Finished status = run_program("uffdkit", {"status", "--control", manager.control()});
   EXPECT_NE(status.out.find("the page at " + address), std::string::npos) << status.out;
-  ASSERT_EQ(unlink(wall.c_str()), 0);
+  wall.take_down();
   EXPECT_EQ(stuck.wait(), 0);
 }
 
@@ -293,19 +294,19 @@ TEST_F(Errors, AStoreThatDoesNotAnswerHoldsUpNoClientOfAnotherAndGoesOnWhenItAns
   const Image other(directory / "other", 256, 9);
   const std::string a = directory / "a.sock";
   const std::string b = directory / "b.sock";
-  const std::string wall = directory / "wall";
-  const auto stall = "stall,image=" + image_.path() + ",while=" + wall;
+  const std::string path = directory / "wall";
+  const auto stall = "stall,image=" + image_.path() + ",while=" + path;
   ManagerProcess manager(
       directory,
       with_fault({"--firecracker", a + "=" + image_.path(), "--firecracker", b + "=" + other.path()}, stall));
-  const UniqueFd file(open(wall.c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
+  Wall wall(path);
   Child stuck = client(image_, whole(image_), a,
                        [](const ClientMemory& memory, const Channel&) { memory.check_all(2, 1); });
   EXPECT_TRUE(eventually([&] { return manager.total("fetches") > 0; }));
   Child fine = client(other, whole(other), b,
                       [](const ClientMemory& memory, const Channel&) { memory.check_all(2, 1); });
   EXPECT_EQ(fine.wait(), 0) << manager.log();
-  ASSERT_EQ(unlink(wall.c_str()), 0);
+  wall.take_down();
   EXPECT_EQ(stuck.wait(), 0) << manager.log();
 }
 

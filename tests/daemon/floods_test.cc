@@ -9,6 +9,7 @@
 #include "daemon/fixture.h"
 #include "support/floods.h"
 #include "support/sanitizers.h"
+#include "support/wall.h"
 
 namespace uffdkit::test {
 namespace {
@@ -88,13 +89,6 @@ class Floods : public ManagerTest {
     expect_bounded(0);
   }
 
-  // Reads of the flooding client's image last for as long as there is a wall.
-  void build_wall() const {
-    const UniqueFd file(open(wall_.c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
-    ASSERT_TRUE(file);
-  }
-  void take_wall_down() const { ASSERT_EQ(unlink(wall_.c_str()), 0); }
-
   std::uint64_t waiting() const {
     std::uint64_t most = 0;
     const nlohmann::json status = manager_.status();
@@ -107,7 +101,8 @@ class Floods : public ManagerTest {
   const Image other_{directory_ / "other", 512, 9};
   const std::string socket_ = directory_ / "flooded.sock";
   const std::string other_socket_ = directory_ / "other.sock";
-  const std::string wall_ = directory_ / "wall";
+  const std::string wall_ =
+      directory_ / "wall";  // while it stands, reads of the flooding client's image last
   ManagerProcess manager_{
       directory_,
       {"--firecracker", socket_ + "=" + image_.path(), "--firecracker", other_socket_ + "=" + other_.path(),
@@ -119,12 +114,12 @@ class Floods : public ManagerTest {
 // ---- duplicates -------------------------------------------------------------------------------------------
 
 TEST_F(Floods, DuplicatesOfThreadsWithPendingSignalsCostNothingThatStays) {
-  build_wall();
+  Wall wall(wall_);
   Child flooding = flood(fault_under_signals);
   ASSERT_TRUE(eventually([&] { return manager_.total("faults_merged") > 1000; }));
   expect_harmless(1);
   EXPECT_LE(waiting(), 4u);
-  take_wall_down();
+  wall.take_down();
   EXPECT_EQ(flooding.wait(), 0) << manager_.log();
   expect_nothing_is_left();
 }
@@ -162,7 +157,7 @@ TEST_F(Floods, FaultsOfManyThreadsForEverCostNothingThatStays) {
 }
 
 TEST_F(Floods, MoreThreadsThanFaultsAreKeptWaitForASlowStoreAndAllAreAnswered) {
-  build_wall();
+  Wall wall(wall_);
   Child flooding = flood([](const ClientMemory& memory) {
     // A thread for each page, none of them in a hole, which would be answered at once.
     std::vector<std::function<void()>> works;
@@ -173,7 +168,7 @@ TEST_F(Floods, MoreThreadsThanFaultsAreKeptWaitForASlowStoreAndAllAreAnswered) {
   ASSERT_TRUE(eventually([&] { return waiting() == kWaitingMax; }));
   expect_harmless(1);
   EXPECT_LE(waiting(), kWaitingMax);
-  take_wall_down();
+  wall.take_down();
   EXPECT_EQ(flooding.wait(), 0) << manager_.log();
   expect_nothing_is_left();
 }
