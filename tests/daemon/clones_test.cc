@@ -1,6 +1,5 @@
 // Clients that share one copy of an image.
 #include <fcntl.h>
-#include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <uffdkit/client.h>
@@ -14,6 +13,7 @@
 
 #include "daemon/fixture.h"
 #include "support/sanitizers.h"
+#include "support/sigbus.h"
 
 namespace uffdkit::test {
 namespace {
@@ -29,22 +29,6 @@ void succeed(const Result<void>& result) {
 
 std::span<const std::byte, 4096> page(const RemoteMapping& memory, std::size_t index) {
   return std::span<const std::byte, 4096>(memory.data() + index * 4096, 4096);
-}
-
-sigjmp_buf after_fault;
-
-bool raises_sigbus(const RemoteMapping& memory, std::size_t index) {
-  struct sigaction action = {};
-  struct sigaction before = {};
-  action.sa_handler = [](int) { siglongjmp(after_fault, 1); };
-  sigaction(SIGBUS, &action, &before);
-  volatile bool raised = true;  // read after the jump
-  if (sigsetjmp(after_fault, 1) == 0) {
-    (void)*static_cast<volatile const std::byte*>(page(memory, index).data());
-    raised = false;
-  }
-  sigaction(SIGBUS, &before, nullptr);
-  return raised;
 }
 
 // Of one process, in bytes: its part of all that it maps.
@@ -334,7 +318,8 @@ TEST_P(Clones, PagesThatCannotBeReadRaiseSigbusInEachCloneAndTheOthersAreServed)
         if (Image::is_hole(index)) {
           check(memory, index, 1);
         } else {
-          require(raises_sigbus(memory, index), "page " + std::to_string(index) + " can be read");
+          require(raises_sigbus(page(memory, index).data()),
+                  "page " + std::to_string(index) + " can be read");
         }
       }
     };

@@ -1,6 +1,5 @@
 // Pages that cannot be read answer with SIGBUS, are reported, and harm nobody else.
 #include <fcntl.h>
-#include <setjmp.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -12,27 +11,11 @@
 
 #include "daemon/fixture.h"
 #include "support/program.h"
+#include "support/sigbus.h"
 #include "support/wall.h"
 
 namespace uffdkit::test {
 namespace {
-
-sigjmp_buf after_fault;
-
-// Whether touching the page raises SIGBUS. One thread at a time.
-bool raises_sigbus(const ClientMemory& memory, std::size_t page) {
-  struct sigaction action = {};
-  struct sigaction before = {};
-  action.sa_handler = [](int) { siglongjmp(after_fault, 1); };
-  sigaction(SIGBUS, &action, &before);
-  volatile bool raised = true;  // read after the jump
-  if (sigsetjmp(after_fault, 1) == 0) {
-    (void)*static_cast<volatile std::byte*>(memory.bytes(page).data());
-    raised = false;
-  }
-  sigaction(SIGBUS, &before, nullptr);
-  return raised;
-}
 
 class Errors : public ManagerTest {
  protected:
@@ -63,8 +46,9 @@ TEST_F(Errors, PagesThatAnImageHasLostRaiseSigbusAndTheOthersAreServed) {
       if (came || Image::is_hole(page)) {
         memory.check(page);
       } else {
-        require(raises_sigbus(memory, page), "page " + std::to_string(page) + " can be read");
-        require(raises_sigbus(memory, page), "page " + std::to_string(page) + " can be read again");
+        require(raises_sigbus(memory.bytes(page).data()), "page " + std::to_string(page) + " can be read");
+        require(raises_sigbus(memory.bytes(page).data()),
+                "page " + std::to_string(page) + " can be read again");
       }
     }
   });
@@ -76,7 +60,7 @@ TEST_F(Errors, APageErrorIsLoggedWithImageAndOffsetAndCounted) {
       client(image_, whole(image_), socket_, [&](const ClientMemory& memory, const Channel& channel) {
         memory.check(0);
         image_.cut(100);
-        require(raises_sigbus(memory, 160), "page 160 can be read");
+        require(raises_sigbus(memory.bytes(160).data()), "page 160 can be read");
         channel.send(1);
         channel.receive();
         memory.check(50);
@@ -100,7 +84,7 @@ TEST_F(Errors, AnErrorOfOneImageDoesNotReachTheClientsOfAnother) {
   Child failing = client(image_, whole(image_), a, [&](const ClientMemory& memory, const Channel& channel) {
     memory.check(0);
     image_.cut(1);
-    require(raises_sigbus(memory, 16), "page 16 can be read");
+    require(raises_sigbus(memory.bytes(16).data()), "page 16 can be read");
     channel.send(1);
     channel.receive();
   });

@@ -1,8 +1,6 @@
 // Compressed images: the commands that make them and look at them, and clients that are served from them.
 #include <elf.h>
 #include <fcntl.h>
-#include <setjmp.h>
-#include <signal.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -22,6 +20,7 @@
 
 #include "daemon/fixture.h"
 #include "support/program.h"
+#include "support/sigbus.h"
 
 namespace uffdkit::test {
 namespace {
@@ -48,23 +47,6 @@ std::string failure(Strings arguments, int exit_code = 1) {
   const Finished done = run_program("uffdkit", arguments);
   EXPECT_EQ(done.exit_code, exit_code) << done.out;
   return done.err;
-}
-
-sigjmp_buf after_fault;
-
-// Whether touching the page raises SIGBUS. One thread at a time.
-bool raises_sigbus(const ClientMemory& memory, std::size_t page) {
-  struct sigaction action = {};
-  struct sigaction before = {};
-  action.sa_handler = [](int) { siglongjmp(after_fault, 1); };
-  sigaction(SIGBUS, &action, &before);
-  volatile bool raised = true;  // read after the jump
-  if (sigsetjmp(after_fault, 1) == 0) {
-    (void)*static_cast<volatile std::byte*>(memory.bytes(page).data());
-    raised = false;
-  }
-  sigaction(SIGBUS, &before, nullptr);
-  return raised;
 }
 
 class ImageCommand : public testing::Test {
@@ -427,8 +409,8 @@ TEST_F(Images, ADamagedFramePoisonsItsPagesAndIsNeverServed) {
   ManagerProcess manager(directory_,
                          serve(image_, {"--store-fault", "corrupt,from=0,to=4K", "--read-retries", "1"}));
   Child process = client(raw_, whole(raw_), socket_, [&](const ClientMemory& memory, const Channel&) {
-    require(raises_sigbus(memory, 0), "a page of the damaged frame can be read");
-    require(raises_sigbus(memory, 1), "another page of it can be read");
+    require(raises_sigbus(memory.bytes(0).data()), "a page of the damaged frame can be read");
+    require(raises_sigbus(memory.bytes(1).data()), "another page of it can be read");
     memory.check(5);  // zero
     for (std::size_t page = 512; page < memory.pages(); ++page) memory.check(page);
   });
