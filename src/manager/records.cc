@@ -341,6 +341,7 @@ void Records::remove_listener(int socket) {
 // ---- of a worker that takes up ----------------------------------------------------------------------------
 
 std::vector<Records::Session> Records::sessions() const {
+  const std::lock_guard lock(mutex_);
   std::vector<Session> all;
   for (const FileSession& record : std::span(session_table(), kSessionsMax)) {
     // Beyond the last one that was ever used, all is zero.
@@ -365,6 +366,11 @@ std::vector<Records::Session> Records::sessions() const {
 }
 
 std::vector<Records::Listener> Records::listeners() const {
+  const std::lock_guard lock(mutex_);
+  return all_listeners();
+}
+
+std::vector<Records::Listener> Records::all_listeners() const {
   std::vector<Listener> all;
   for (const FileListener& record : std::span(listener_table(), kListenersMax)) {
     if (record.kind == 0) break;
@@ -381,6 +387,7 @@ std::vector<Records::Listener> Records::listeners() const {
 }
 
 Records::Image Records::image(std::size_t index) const {
+  const std::lock_guard lock(mutex_);
   const FileImage& record = image_table()[index];
   return {.file = record.file,
           .name = std::string(record.name.data(), record.name_bytes),
@@ -423,14 +430,23 @@ void Records::taken_up(const Listener& listener, std::shared_ptr<StoreLane> lane
   listeners_[listener.socket] = std::move(lane);
 }
 
+template <class Is>
+bool Records::has_session(const Is& is) const {
+  const std::lock_guard lock(mutex_);
+  for (const FileSession& record : std::span(session_table(), kSessionsMax)) {
+    if (record.kind == 0) return false;
+    if (record.valid != 0 && is(record)) return true;
+  }
+  return false;
+}
+
 bool Records::has_uffd(int fd) const {
-  const std::vector<Session> all = sessions();
-  return std::ranges::find(all, fd, &Session::uffd) != all.end();
+  return has_session([fd](const FileSession& session) { return session.uffd == fd; });
 }
 
 bool Records::has_connection(std::uint64_t cookie) const {
-  const std::vector<Session> all = sessions();
-  return cookie != 0 && std::ranges::find(all, cookie, &Session::connection) != all.end();
+  return cookie != 0 &&
+         has_session([cookie](const FileSession& session) { return session.connection == cookie; });
 }
 
 std::vector<UniqueFd> Records::sweep() {
@@ -453,7 +469,7 @@ std::vector<UniqueFd> Records::sweep() {
     kept.insert({record.uffd, record.state_file, record.process});
     for (const int child : SessionState::forks_in_inbox(record.state_file)) kept.insert(child);
   }
-  for (const Listener& listener : listeners()) {
+  for (const Listener& listener : all_listeners()) {
     kept.insert(listener.socket);
     if (listener.kind == ListenerKind::firecracker) images.insert(static_cast<std::uint32_t>(listener.image));
   }

@@ -169,7 +169,11 @@ class Records {
   FileSession* session_table() const;
   FileListener* listener_table() const;
   FileImage* image_table() const;
+  // Whether there is such a session. Takes the lock.
+  template <class Is>
+  bool has_session(const Is& is) const;
   // With mutex_ held.
+  std::vector<Listener> all_listeners() const;
   Result<std::size_t> use_image(const std::shared_ptr<StoreLane>& lane);
   void leave_image(const StoreLane* lane);
 
