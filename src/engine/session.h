@@ -390,4 +390,13 @@ class Session {
   std::optional<SessionEnd> end_;
 };
 
+// A page of the client's own memory is taken away by the client only, and where that is told by an event, the
+// event has been read before anybody can miss the page. What is left makes no event, and means the same: a
+// hole that is punched into a file, or what another process does to memory that both share. A client that
+// asks for no such events gets the image again, whatever it does.
+inline Lost Session::lost(const Segment& segment) const {
+  const bool is_told = uffd_.features().has(Features(abi::kFeatureEventRemove));
+  return is_told && sharing_of(segment) == SharingMode::none ? Lost::zero : Lost::store;
+}
+
 }  // namespace uffdkit

@@ -8,17 +8,11 @@
 #include <algorithm>
 
 #include "engine/session.h"
+#include "engine/session_detail.h"
 
 namespace uffdkit {
-namespace {
 
-constexpr PageCount kOneGranule{1};
-
-void add(std::atomic<std::uint64_t>& counter, std::uint64_t count) {
-  counter.store(counter.load(std::memory_order_relaxed) + count, std::memory_order_relaxed);
-}
-
-}  // namespace
+using namespace session;
 
 void Session::share(const std::vector<std::shared_ptr<SharedImage>>& images) {
   for (RegionId id = 0; id < serving_.size() && id < images.size(); ++id) serving_[id].shared = images[id];

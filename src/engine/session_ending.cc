@@ -1,0 +1,166 @@
+// Ends of a session: its client is complete, is gone, has released it, or cannot be served any more. Nobody
+// may be left asleep by any of them.
+#include "engine/session.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "engine/session_detail.h"
+
+namespace uffdkit {
+namespace {
+
+// How long an end is tried whose client still changes its address space: no more of these changes come when
+// all is unregistered, unless the client registers memory of its own.
+constexpr std::int64_t kEndingMaxNs = 10'000'000'000;
+// How often a client's memory is looked at, whether it is still there: at first, and at most. The pauses
+// double while the client does nothing, so that idle ones cost nothing to speak of.
+constexpr std::int64_t kTargetCheckFirstNs = 1'000'000'000;
+constexpr std::int64_t kTargetCheckMaxNs = 8'000'000'000;
+
+}  // namespace
+
+using namespace session;
+
+void Session::begin_detach(Unreadable unreadable) {
+  if (detaching_) return;
+  // Nobody would be there to say that it may go on.
+  unpause();
+  unreadable_ = unreadable;
+  detaching_ = true;
+  populate_from_ = Address(0);
+  populate_again_ = false;
+}
+
+void Session::release() {
+  if (end_) return;
+  if (sharing() == SharingMode::none) return begin_end(SessionEnd::released);
+  detaching_ = false;
+  begin_detach(Unreadable::poison);
+  releasing_ = true;
+}
+
+void Session::watch_target() {
+  const std::uint64_t faults = counters_.faults.load(std::memory_order_relaxed);
+  const bool idle = check_target_at_ns_ != 0 && faults == faults_at_check_;
+  target_check_ns_ = idle ? std::min(target_check_ns_ * 2, kTargetCheckMaxNs) : kTargetCheckFirstNs;
+  faults_at_check_ = faults;
+  check_target_at_ns_ = host_.now_ns() + target_check_ns_;
+}
+
+void Session::check_target() {
+  if (end_) return;
+  if (!uffd_.target_alive()) return finish(SessionEnd::gone);
+  watch_target();
+}
+
+// mremap(2) can make a mapping longer, and tells nobody; the new part is registered like the rest. Whether
+// one mapping covers a range is what UFFDIO_CONTINUE looks for first; where it does, nothing is mapped but
+// what is in the page cache already.
+std::optional<AddressRange> Session::mapping_of(AddressRange pages, PageSize page_size) const {
+  const auto covers = [&](Address start, Address end) -> std::optional<bool> {
+    const Outcome outcome = uffd_.resume({start, end - start}, Wake::no);
+    if (outcome.stop == Stop::changing) return std::nullopt;
+    return outcome.stop != Stop::not_ready && outcome.stop != Stop::gone;
+  };
+  // No mapping is as long as this; what says otherwise has no such call (before 5.13), or is a 32-bit
+  // process.
+  const Stop asked = uffd_.resume(kAllAddresses, Wake::no).stop;
+  if (asked == Stop::changing) return std::nullopt;
+  if (asked != Stop::not_ready) return pages;
+  AddressRange mapping = pages;
+  const Address last(pages.end().value - page_size.bytes().value);
+  const auto grows_by = [&](std::uint64_t step) -> std::optional<bool> {
+    if (step > (kStateAddressEnd - mapping.end()).value) return false;
+    const std::optional<bool> covered = covers(last, mapping.end() + ByteCount(step));
+    if (covered == true) mapping.length = mapping.length + ByteCount(step);
+    return covered;
+  };
+  std::uint64_t step = page_size.bytes().value;
+  while (true) {
+    const std::optional<bool> grows = grows_by(step);
+    if (!grows) return std::nullopt;
+    if (!*grows) break;
+    step *= 2;
+  }
+  for (step /= 2; step >= page_size.bytes().value; step /= 2)
+    if (!grows_by(step)) return std::nullopt;
+  return mapping;
+}
+
+void Session::unregister_with_growth(AddressRange memory, PageSize page_size) {
+  const std::optional<AddressRange> mapping = mapping_of(memory, page_size);
+  // A piece may be unmapped already, and the whole process may be gone: either way nothing is left to
+  // unregister.
+  if (mapping) return (void)uffd_.unregister_range(*mapping);
+  const ByteCount rest = memory.length - page_size.bytes();
+  if (rest.value > 0) (void)uffd_.unregister_range({memory.start, rest});
+  ends_.push_back({{memory.start + rest, page_size.bytes()}, page_size});
+}
+
+void Session::unregister_all() {
+  const std::span<const Segment> segments = state_.layout().segments();
+  for (std::size_t i = 0; i < segments.size(); ++i) {
+    const AddressRange memory = segments[i].memory;
+    if (i + 1 < segments.size() && segments[i + 1].memory.start == memory.end())
+      (void)uffd_.unregister_range(memory);
+    else
+      unregister_with_growth(memory, segments[i].page_size);
+  }
+  // Threads wait outside of all segments, too (see wake_all()).
+  for (const Pending& pending : pending_)
+    if (state_.layout().find(pending.page) == nullptr)
+      unregister_with_growth({pending.page, kPage4K.bytes()}, kPage4K);
+}
+
+void Session::begin_end(SessionEnd end) {
+  if (ending_) return;
+  ending_ = end;
+  ending_since_ns_ = host_.now_ns();
+  unregister_all();
+  pending_.clear();
+}
+
+void Session::finish_ending() {
+  if (!ending_) return;
+  // A thread may have begun to change its memory before that was unregistered: its event is still to be read,
+  // or the thread would sleep until the last descriptor is closed.
+  if (is_changing() && host_.now_ns() - ending_since_ns_ < kEndingMaxNs) return;
+  for (const auto& [memory, page_size] : std::exchange(ends_, {})) unregister_with_growth(memory, page_size);
+  if (!ends_.empty() && host_.now_ns() - ending_since_ns_ < kEndingMaxNs) return;
+  for (const auto& [memory, page_size] : std::exchange(ends_, {})) (void)uffd_.unregister_range(memory);
+  finish(*ending_);
+}
+
+void Session::fail(const std::string& why) {
+  if (end_) return;
+  if (condemned_) return;
+  if (host_.kill_client()) {
+    host_.warn(why + "; the client was killed, so that it reads no wrong bytes");
+    return finish(SessionEnd::failed);
+  }
+  // Closing the descriptor now would turn what is missing into zeros.
+  host_.warn(why + "; what the client has not got answers with SIGBUS");
+  condemned_ = true;
+  for (const Segment& segment : state_.layout().segments()) {
+    if (segment.region == kZeroRegion) continue;
+    PageTable& table = state_.table(segment.region);
+    const PageRange granules = segment.granules();
+    for (PageIndex granule = granules.first; granule < granules.end(); granule = granule + kOneGranule)
+      if (table.get(granule) == PageState::absent || table.get(granule) == PageState::fetching)
+        table.set(granule, PageState::poisoned);
+  }
+  detaching_ = false;
+  begin_detach(Unreadable::poison);
+  watch_target();
+}
+
+void Session::finish(SessionEnd end) {
+  if (end_) return;
+  // Whoever serves it next stops it again if need be; a native client has to run to find them.
+  if (stopped_ && end != SessionEnd::failed) host_.continue_client();
+  end_ = end;
+  pending_.clear();
+}
+
+}  // namespace uffdkit
