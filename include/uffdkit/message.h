@@ -57,4 +57,16 @@ using Message = std::variant<Fault, ForkEvent, RemapEvent, RemoveEvent, UnmapEve
 // fork message once only.
 Message decode(const abi::Msg& raw);
 
+// The same for a loop that wants faults told from events first: `raw.event` is abi::kEventPagefault.
+inline Fault decode_fault(const abi::Msg& raw) {
+  const auto& fault = raw.arg.pagefault;
+  const Fault::Kind kind = (fault.flags & abi::kPagefaultWp) != 0      ? Fault::Kind::write_protect
+                           : (fault.flags & abi::kPagefaultMinor) != 0 ? Fault::Kind::minor
+                                                                       : Fault::Kind::missing;
+  return Fault{.address = Address(fault.address),
+               .kind = kind,
+               .write = (fault.flags & abi::kPagefaultWrite) != 0,
+               .thread_id = fault.ptid};
+}
+
 }  // namespace uffdkit

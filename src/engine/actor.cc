@@ -23,6 +23,11 @@ constexpr std::int64_t kRunMaxNs = 5'000'000;
 constexpr unsigned kSpinMissesMax = 8;
 constexpr unsigned kSpinAgain = 1024;
 constexpr std::int64_t kSpinLateNs = 100'000;
+// Where the scheduler lets the thread that has just been answered run at once, its next fault is there when
+// the worker looks straight after the answer; where it does not, that look is in vain. After so many of these
+// in a row only every kEarlyAgain-th answer is followed by one.
+constexpr unsigned kEarlyMissesMax = 4;
+constexpr unsigned kEarlyAgain = 64;
 // When a command that was refused for now is tried again, and a descriptor that could not be armed.
 constexpr std::int64_t kRetryNs = 200'000;
 
@@ -72,6 +77,7 @@ void Actor::fetched(std::unique_ptr<Fetch> fetch) {
   std::int64_t last_fault_ns = 0;
   const bool may_spin = spin_misses_ < kSpinMissesMax || ++spins_left_out_ % kSpinAgain == 0;
   bool spun = false;
+  bool early = false;
   for (int turns = 1;; ++turns) {
     const std::uint64_t faults_before = faults.load(std::memory_order_relaxed);
     const bool more = turn();
@@ -87,6 +93,7 @@ void Actor::fetched(std::unique_ptr<Fetch> fetch) {
     // more is cheaper than an event, which would also wake another worker if the fault is there already.
     const std::uint64_t faults_now = faults.load(std::memory_order_relaxed);
     const bool came = faults_now != faults_before;
+    if (std::exchange(early, false)) early_misses_ = came ? 0 : early_misses_ + 1;
     if (came) {
       const bool late = turn_ns_ - last_fault_ns > kSpinLateNs;
       if (std::exchange(spun, false)) spin_misses_ = late ? kSpinMissesMax : 0;
@@ -95,10 +102,17 @@ void Actor::fetched(std::unique_ptr<Fetch> fetch) {
     if (first_fault_ns == 0) first_fault_ns = last_fault_ns;
     const bool at_once = came && faults_now - faults_at_start < kFaultsPerRun;
     const bool may_look = first_fault_ns != 0 && last_fault_ns - first_fault_ns < kRunMaxNs;
-    if (!more && may_look && (at_once || (may_spin && scheduler_.look_again(last_fault_ns)))) {
-      spun = !at_once;
-      turns = 0;
-      continue;
+    if (!more && may_look) {
+      const bool looks_early =
+          at_once && (early_misses_ < kEarlyMissesMax || ++early_left_out_ % kEarlyAgain == 0);
+      const bool spins = !looks_early && may_spin &&
+                         (at_once ? scheduler_.give_way() : scheduler_.look_again(last_fault_ns));
+      if (looks_early || spins) {
+        early = looks_early;
+        spun = spins;
+        turns = 0;
+        continue;
+      }
     }
     if (spun) spin_misses_ += monotonic_ns() - last_fault_ns > kSpinLateNs ? kSpinMissesMax : 1;
     if (reads_ && !armed_.exchange(true) && !scheduler_.arm(id_, session_.uffd().fd())) {

@@ -33,6 +33,9 @@ class ActorScheduler {
   virtual void schedule_at(SessionId session, std::int64_t when_ns) = 0;
   // Wants one event when `uffd` can be read. Again after each event. False if that cannot be had now.
   virtual bool arm(SessionId session, int uffd) = 0;
+  // Lets a thread that has just been answered, and may wait for this worker's CPU, run first. False if
+  // workers are to sleep instead.
+  virtual bool give_way() = 0;
   // Whether a worker whose session had its last fault at this time had better look there again than sleep.
   virtual bool look_again(std::int64_t last_fault_ns) = 0;
   // The session has ended: nothing more will be run.
@@ -118,6 +121,8 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   std::int64_t turn_ns_ = 0;  // when the turn began: the time for all of it
   unsigned spin_misses_ = 0;  // sleeps in a row before which no fault came while it was looked for
   unsigned spins_left_out_ = 0;
+  unsigned early_misses_ = 0;  // looks in a row, straight after an answer, that found no fault
+  unsigned early_left_out_ = 0;
   bool reads_ = true;            // see Session::Next
   std::int64_t wake_at_ns_ = 0;  // the time that was last asked of the scheduler
   std::deque<Command> commands_taken_;

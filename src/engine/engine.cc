@@ -100,6 +100,7 @@ class Engine::Shared final : public ActorScheduler {
   void schedule(SessionId session) override;
   void schedule_at(SessionId session, std::int64_t when_ns) override;
   bool arm(SessionId session, int uffd) override;
+  bool give_way() override;
   bool look_again(std::int64_t last_fault_ns) override;
   void ended(SessionId session) override;
   void forked(SessionId parent, ForkedSession child) override;
@@ -367,6 +368,12 @@ bool Engine::Shared::arm(SessionId session, int uffd) {
   const std::uint64_t data = event_data(Source::uffd, session);
   return watch(EPOLL_CTL_MOD, uffd, EPOLLIN | EPOLLONESHOT, data).has_value() ||
          watch(EPOLL_CTL_ADD, uffd, EPOLLIN | EPOLLONESHOT, data).has_value();
+}
+
+bool Engine::Shared::give_way() {
+  if (options_.spin_ns == 0) return false;
+  ::sched_yield();
+  return true;
 }
 
 bool Engine::Shared::look_again(std::int64_t last_fault_ns) {

@@ -19,13 +19,6 @@ namespace {
 
 }  // namespace
 
-[[gnu::hot]] PageRange page_of(const Segment& segment, PageIndex granule) {
-  // Pages are counted from the segment's start, which is page aligned.
-  const std::uint64_t per_page = kPage4K.pages(segment.page_size.bytes()).value;
-  const std::uint64_t into_segment = granule.value - segment.first.value;
-  return {PageIndex(segment.first.value + into_segment / per_page * per_page), PageCount(per_page)};
-}
-
 [[gnu::hot]] FaultPlan plan_fault(const PageTable& table, const Segment& segment, PageIndex fault,
                                   PageCount around, Lost lost) {
   const PageRange page = page_of(segment, fault);
@@ -35,7 +28,7 @@ namespace {
   if (!brings_neighbours || around <= page.count) return plan;
 
   const PageRange segment_granules = segment.granules();
-  const PageIndex window_start(page.first.value / around.value * around.value);
+  const PageIndex window_start(page.first.value & ~(around.value - 1));
   const PageIndex first = std::max(window_start, segment_granules.first);
   const PageIndex end = std::min(window_start + around, segment_granules.end());
   const PageState wanted = action == FaultPlan::Action::read ? PageState::absent : PageState::removed;
@@ -43,8 +36,9 @@ namespace {
   // the run is cut back to whole pages.
   const PageIndex run_first = table.start_of_run(page.first, first, wanted);
   const PageIndex run_end = table.end_of_run(page.end(), end, wanted);
-  const std::uint64_t before = (page.first - run_first).value / page.count.value * page.count.value;
-  const std::uint64_t behind = (run_end - page.end()).value / page.count.value * page.count.value;
+  const std::uint64_t whole_pages = ~(page.count.value - 1);
+  const std::uint64_t before = (page.first - run_first).value & whole_pages;
+  const std::uint64_t behind = (run_end - page.end()).value & whole_pages;
   plan.granules = {page.first - PageCount(before), page.count + PageCount(before + behind)};
   return plan;
 }

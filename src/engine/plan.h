@@ -28,7 +28,12 @@ enum class Lost : std::uint8_t {
 };
 
 // The page of the segment that holds `granule`.
-PageRange page_of(const Segment& segment, PageIndex granule);
+inline PageRange page_of(const Segment& segment, PageIndex granule) {
+  // Pages are counted from the segment's start, which is page aligned; they are powers of two.
+  const std::uint64_t per_page = kPage4K.pages(segment.page_size.bytes()).value;
+  const std::uint64_t into_segment = granule.value - segment.first.value;
+  return {PageIndex(segment.first.value + (into_segment & ~(per_page - 1))), PageCount(per_page)};
+}
 
 // `fault` is the granule of the faulting address, within `segment`. `around` bounds the run that comes with
 // the page: it is cut out of the aligned window of so many granules (a power of two), and holds, besides the

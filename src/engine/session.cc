@@ -154,18 +154,24 @@ void Session::wake_all() {
   return next;
 }
 
-[[gnu::always_inline]] inline void Session::publish_pending() {
+[[gnu::hot]] void Session::publish_pending() {
   counters_.pending.store(pending_.size(), std::memory_order_relaxed);
   const auto oldest = std::ranges::min_element(pending_, {}, &Pending::since_ns);
   if (oldest == pending_.end()) return counters_.oldest_since_ns.store(0, std::memory_order_relaxed);
   const Segment* segment = state_.layout().find(oldest->page);
   const bool has_offset = segment != nullptr && segment->region != kZeroRegion;
-  counters_.oldest_page.store(oldest->page.value, std::memory_order_relaxed);
-  counters_.oldest_offset.store(
+  publish_oldest(
+      oldest->page,
       has_offset ? offset_of(*segment, segment->granule_at(oldest->page)).value : SessionCounters::kNoOffset,
-      std::memory_order_relaxed);
-  counters_.oldest_why.store(why(*oldest), std::memory_order_relaxed);
-  counters_.oldest_since_ns.store(oldest->since_ns, std::memory_order_relaxed);
+      why(*oldest), oldest->since_ns);
+}
+
+[[gnu::always_inline]] inline void Session::publish_oldest(Address page, std::uint64_t offset, PendingWhy why,
+                                                           std::int64_t since_ns) {
+  counters_.oldest_page.store(page.value, std::memory_order_relaxed);
+  counters_.oldest_offset.store(offset, std::memory_order_relaxed);
+  counters_.oldest_why.store(why, std::memory_order_relaxed);
+  counters_.oldest_since_ns.store(since_ns, std::memory_order_relaxed);
 }
 
 PendingWhy Session::why(const Pending& pending) {
@@ -198,13 +204,16 @@ PendingWhy Session::why(const Pending& pending) {
       fail(Error::from_errno("read a userfaultfd", read.os_error).message());
       return true;
     }
+    if (read.messages == 1 && messages[0].event == abi::kEventPagefault &&
+        serve_at_once(decode_fault(messages[0])))
+      return true;
     for (std::size_t i = 0; i < read.messages; ++i) {
       const abi::Msg raw = messages[i];
-      const Message message = decode(raw);
-      if (const auto* fault = std::get_if<Fault>(&message)) {
-        take(*fault);
+      if (raw.event == abi::kEventPagefault) {
+        take(decode_fault(raw));
         continue;
       }
+      const Message message = decode(raw);
       state_.applying(i);
       changed += apply(message, raw.event);
       state_.applied();
@@ -213,6 +222,58 @@ PendingWhy Session::why(const Pending& pending) {
     if (read.messages < messages.size()) return true;
   }
   return false;
+}
+
+// What most faults are, in as little code as they need: nothing else waits, and the page is one of 4 KiB of
+// the client's own memory that was never there and whose bytes are at hand. False: the fault is still to be
+// taken, and whatever is different about it is for serve().
+[[gnu::always_inline]] inline bool Session::serve_at_once(const Fault& fault) {
+  if (!pending_.empty() || ending_ || fault.kind != Fault::Kind::missing) return false;
+  const Segment* segment = state_.layout().find(fault.address);
+  if (segment == nullptr || segment->region == kZeroRegion || segment->page_size != kPage4K) return false;
+  const RegionServing& serving = serving_[segment->region];
+  if (serving.shared != nullptr) return false;
+  const PageIndex wanted = segment->granule_at(fault.address);
+  PageTable& table = state_.table(segment->region);
+  if (table.get(wanted) != PageState::absent) return false;
+  const PageRange run = plan_fault(table, *segment, wanted, options_.fault_around, Lost::store).granules;
+  const StoreOffset offset = offset_of(*segment, run.first);
+  Store& store = *serving.lane->store();
+  const StoreOffset wanted_offset = offset + kPage4K.bytes(wanted - run.first);
+  if (store.extent_at(wanted_offset).zero) return false;
+
+  counters_.pending.store(1, std::memory_order_relaxed);
+  const std::int64_t now = host_.now_ns();
+  publish_oldest(segment->address_of(wanted), wanted_offset.value, PendingWhy::serving, now);
+  const std::span<std::byte> buffer = host_.scratch().first(kPage4K.bytes(run.count).value);
+  const Result<ReadStatus> read = store.read(offset, buffer, Wait::no);
+  if (!read || *read != ReadStatus::done) return false;
+  add(counters_.faults);
+  add(counters_.bytes_read, buffer.size());
+  if (run.count == kOneGranule && !is_zero(buffer)) {
+    const Outcome outcome = uffd_.copy(segment->address_of(wanted), buffer);
+    if (outcome.stop == Stop::complete) {
+      table.set(wanted, PageState::installed);
+      add(counters_.pages_copied);
+      return true;
+    }
+    if (outcome.stop == Stop::changing) {
+      keep_unless(Put::put_off, *segment, wanted, now);
+      return true;
+    }
+  }
+  keep_unless(install_part(*segment, run, buffer, wanted), *segment, wanted, now);
+  return true;
+}
+
+// Keeps a fault among those that wait, unless this has answered it.
+[[gnu::hot]] void Session::keep_unless(Put put, const Segment& segment, PageIndex wanted, std::int64_t now) {
+  if (put == Put::done) return;
+  Pending pending{.page = segment.address_of(wanted),
+                  .page_size = segment.page_size,
+                  .kind = Fault::Kind::missing,
+                  .since_ns = now};
+  if (served_by(put, pending, segment, wanted) != Served::done && !end_) pending_.push_back(pending);
 }
 
 std::uint64_t Session::apply(const Message& event, std::uint8_t kind) {
@@ -629,12 +690,12 @@ bool Session::is_brought(const Segment& segment, PageRange run) {
   const auto page_at = [&](std::size_t index) {
     return PageRange{part.first + PageCount(index * page.value), page};
   };
-  const std::size_t pages = part.count.value / page.value;
   const auto put_pages = [&](PageRange run, bool zero) {
     if (zero) return put(segment, run, {});
     return put(segment, run, {.kind = Contents::Kind::bytes, .bytes = bytes_of(run)});
   };
-  if (pages == 1) return put_pages(part, is_zero(bytes_of(part)));
+  if (part.count == page) return put_pages(part, is_zero(bytes_of(part)));
+  const std::size_t pages = part.count.value / page.value;
   std::bitset<kFetchGranulesMax> zero;
   for (std::size_t index = 0; index < pages; ++index) zero[index] = is_zero(bytes_of(page_at(index)));
 

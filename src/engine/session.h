@@ -263,6 +263,8 @@ class Session {
   bool drain();
   // Applies an event; returns how many page states it has changed at most.
   std::uint64_t apply(const Message& event, std::uint8_t kind);
+  bool serve_at_once(const Fault& fault);
+  void keep_unless(Put put, const Segment& segment, PageIndex wanted, std::int64_t now);
   void take(const Fault& fault);
   void apply(const RemoveEvent& event);
   void apply(const UnmapEvent& event);
@@ -347,6 +349,7 @@ class Session {
   void finish_ending();
   void finish(SessionEnd end);
   void publish_pending();
+  void publish_oldest(Address page, std::uint64_t offset, PendingWhy why, std::int64_t since_ns);
   static PendingWhy why(const Pending& pending);
 
   void wake(AddressRange range) const;

@@ -3,17 +3,6 @@
 namespace uffdkit {
 namespace {
 
-Fault decode_fault(const abi::Msg& raw) {
-  const auto& fault = raw.arg.pagefault;
-  const Fault::Kind kind = (fault.flags & abi::kPagefaultWp) != 0      ? Fault::Kind::write_protect
-                           : (fault.flags & abi::kPagefaultMinor) != 0 ? Fault::Kind::minor
-                                                                       : Fault::Kind::missing;
-  return Fault{.address = Address(fault.address),
-               .kind = kind,
-               .write = (fault.flags & abi::kPagefaultWrite) != 0,
-               .thread_id = fault.ptid};
-}
-
 AddressRange decode_range(const abi::Msg& raw) {
   const auto& range = raw.arg.remove;
   return {Address(range.start), ByteCount(range.end - range.start)};
@@ -21,7 +10,7 @@ AddressRange decode_range(const abi::Msg& raw) {
 
 }  // namespace
 
-[[gnu::hot]] Message decode(const abi::Msg& raw) {
+Message decode(const abi::Msg& raw) {
   switch (raw.event) {
     case abi::kEventPagefault:
       return decode_fault(raw);

@@ -10,6 +10,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 
 #include "selftests/machine.h"
@@ -39,7 +40,7 @@ class OneWay final : public SystemCalls {
  private:
   CreateWay way_;
   SystemCalls& calls_;
-  std::int64_t last_out_field_ = 0;
+  std::atomic<std::int64_t> last_out_field_{0};  // cases of several threads ask for none
 };
 
 // What one run of a case has: the memory type, and a machine with one way to create.

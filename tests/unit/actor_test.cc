@@ -32,6 +32,7 @@ class FakeScheduler final : public ActorScheduler {
     ++armed;
     return can_arm;
   }
+  bool give_way() override { return on_look(); }
   bool look_again(std::int64_t) override { return on_look(); }
   void ended(SessionId) override { ++ended_calls; }
   void forked(SessionId, ForkedSession) override {}
@@ -51,9 +52,13 @@ class FakeListener final : public EngineListener {
 class QuietSystemCalls final : public test::ScriptedSystemCalls {
  public:
   std::uint64_t faults = 0;
+  std::uint64_t empty_reads = 0;
 
   std::ptrdiff_t read(int, void* buffer, std::size_t) override {
-    if (faults == 0) return -EAGAIN;
+    if (faults == 0) {
+      ++empty_reads;
+      return -EAGAIN;
+    }
     --faults;
     abi::Msg message{};
     message.event = abi::kEventPagefault;
@@ -121,6 +126,23 @@ TEST_F(ActorTest, LooksForFaultsAsLongAsTheSchedulerWants) {
   EXPECT_EQ(looks, 5);
   EXPECT_EQ(calls_.faults, 0u);
   EXPECT_EQ(scheduler_.armed, 1);
+}
+
+TEST_F(ActorTest, LooksThatAreAlwaysInVainAreLeftOutButForOneNowAndThen) {
+  constexpr int kAnswers = 1000;
+  for (int i = 0; i < kAnswers; ++i) {
+    calls_.faults = 1;
+    run();
+  }
+  EXPECT_GT(calls_.empty_reads, 0u);
+  EXPECT_LT(calls_.empty_reads, kAnswers / 10);
+  // Until one finds something.
+  calls_.faults = 2 * kAnswers;
+  while (calls_.faults > 0) run();
+  calls_.empty_reads = 0;
+  calls_.faults = 1;
+  run();
+  EXPECT_EQ(calls_.empty_reads, 1u);
 }
 
 TEST_F(ActorTest, ASessionWithoutFaultsIsNotLookedAtAgain) {
