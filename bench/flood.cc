@@ -40,7 +40,7 @@ constexpr std::chrono::seconds kPatience{30};
 struct Contender {
   std::string name;
   std::function<void(const test::ClientMemory&)> flood;  // none: alone
-  bool stalls = false;                                   // its store does not answer meanwhile
+  bool stalls = false;                                   // its image does not answer meanwhile
   bool is_quiet = false;  // it asks the manager for nothing, but takes time of the quiet one's CPU
   std::vector<double> p50_ns = {};
   std::vector<double> p99_ns = {};
@@ -88,16 +88,19 @@ class Turns {
  public:
   explicit Turns(const Options& options, std::uint64_t touches)
       : flooded_(options.directory + "/flooded", kFloodedPages),
+        stalled_(options.directory + "/stalled", kFloodedPages),
         socket_(options.directory + "/flooded.sock"),
+        stalled_socket_(options.directory + "/stalled.sock"),
         control_(options.directory + "/control.sock"),
         wall_(options.directory + "/wall") {
     const std::string image = options.directory + "/image";
     write_image(image, touches + 1);
     manager_ = std::make_unique<UffdkitServer>(
         options.uffdkit, options.directory, image,
-        std::vector<std::string>{"--firecracker", socket_ + "=" + flooded_.path(), "--control", control_,
+        std::vector<std::string>{"--firecracker", socket_ + "=" + flooded_.path(), "--firecracker",
+                                 stalled_socket_ + "=" + stalled_.path(), "--control", control_,
                                  "--fault-around", "1", "--store-fault",
-                                 fmt::format("stall,image={},while={}", flooded_.path(), wall_)});
+                                 fmt::format("stall,image={},while={}", stalled_.path(), wall_)});
     pin(manager_->pid(), placement_.server_cpu);
     quiet_ = std::make_unique<Client>(*manager_, placement_.server_cpu, (touches + 1) * kPageBytes,
                                       kTouchesPerTurn);
@@ -108,12 +111,13 @@ class Turns {
     if (contender.stalls && !UniqueFd(::open(wall_.c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0600)))
       throw std::system_error(errno, std::generic_category(), wall_);
     if (contender.flood) {
-      flood.reset(new test::Child(test::client(flooded_, test::whole(flooded_), socket_,
-                                               [&](const test::ClientMemory& memory, const test::Channel&) {
-                                                 pin(0, contender.is_quiet ? placement_.server_cpu
-                                                                           : placement_.client_cpu);
-                                                 contender.flood(memory);
-                                               })));
+      const test::Image& image = contender.stalls ? stalled_ : flooded_;
+      const auto run = [&](const test::ClientMemory& memory, const test::Channel&) {
+        pin(0, contender.is_quiet ? placement_.server_cpu : placement_.client_cpu);
+        contender.flood(memory);
+      };
+      flood.reset(new test::Child(
+          test::client(image, test::whole(image), contender.stalls ? stalled_socket_ : socket_, run)));
       const std::uint64_t calm = messages(control_);
       const std::uint64_t begun = contender.is_quiet ? 0 : 100;
       wait_until("the client floods", [&] { return messages(control_) >= calm + begun; });
@@ -137,7 +141,9 @@ class Turns {
  private:
   const Placement placement_ = placements().size() > 2 ? placements()[1] : placements().front();
   const test::Image flooded_;
+  const test::Image stalled_;
   const std::string socket_;
+  const std::string stalled_socket_;
   const std::string control_;
   const std::string wall_;
   std::unique_ptr<Server> manager_;

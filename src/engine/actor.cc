@@ -13,9 +13,9 @@ namespace {
 
 // Turns in a row, then the session queues behind the others.
 constexpr int kTurnsMax = 4;
-// Faults in a row, likewise: about a millisecond.
-constexpr std::uint64_t kFaultsPerRun = 64;
-// And the time in which they came, when it looks for more of them.
+// How long after its last fault a session counts as one whose client may want the CPU.
+constexpr std::int64_t kNeighbourNs = 2'000'000;
+// How long it looks for more faults in a row, even if nobody waits.
 constexpr std::int64_t kRunMaxNs = 5'000'000;
 // After so many sleeps in a row before which looking for the next fault was in vain, it is looked for before
 // every kSpinAgain-th sleep only. So it is at once where the worker gave way and did not get the CPU back in
@@ -70,9 +70,18 @@ void Actor::fetched(std::unique_ptr<Fetch> fetch) {
                                              state == RunState::idle ? RunState::running : RunState::again));
   if (state != RunState::idle) return;
 
+  turn_ns_ = monotonic_ns();
+  if (turn_ns_ < share_.rests_until_ns()) {
+    const std::int64_t until_ns = share_.rests_until_ns();
+    run_state_.store(RunState::idle);
+    // Whatever it was to be run for is still there then.
+    scheduler_.schedule_at(id_, until_ns);
+    return;
+  }
+  share_.begin(turn_ns_, told());
+  gives_way_ = false;
   scratch_ = scratch;
   const std::atomic<std::uint64_t>& faults = session_.counters().faults;
-  const std::uint64_t faults_at_start = faults.load(std::memory_order_relaxed);
   std::int64_t first_fault_ns = 0;
   std::int64_t last_fault_ns = 0;
   const bool may_spin = spin_misses_ < kSpinMissesMax || ++spins_left_out_ % kSpinAgain == 0;
@@ -98,37 +107,73 @@ void Actor::fetched(std::unique_ptr<Fetch> fetch) {
       const bool late = turn_ns_ - last_fault_ns > kSpinLateNs;
       if (std::exchange(spun, false)) spin_misses_ = late ? kSpinMissesMax : 0;
       last_fault_ns = turn_ns_;
+      scheduler_.serves(id_, turn_ns_);
     }
     if (first_fault_ns == 0) first_fault_ns = last_fault_ns;
-    const bool at_once = came && faults_now - faults_at_start < kFaultsPerRun;
-    const bool may_look = first_fault_ns != 0 && last_fault_ns - first_fault_ns < kRunMaxNs;
+    const std::int64_t now_ns = monotonic_ns();
+    gives_way_ = gives_way_ || leaves_to_others(now_ns);
+    const bool may_look = !gives_way_ && first_fault_ns != 0 && last_fault_ns - first_fault_ns < kRunMaxNs;
     if (!more && may_look) {
       const bool looks_early =
-          at_once && (early_misses_ < kEarlyMissesMax || ++early_left_out_ % kEarlyAgain == 0);
-      const bool spins = !looks_early && may_spin &&
-                         (at_once ? scheduler_.give_way() : scheduler_.look_again(last_fault_ns));
+          came && (early_misses_ < kEarlyMissesMax || ++early_left_out_ % kEarlyAgain == 0);
+      const bool spins =
+          !looks_early && may_spin && (came ? scheduler_.give_way() : scheduler_.look_again(last_fault_ns));
       if (looks_early || spins) {
         early = looks_early;
         spun = spins;
         turns = 0;
+        turn_ns_ = looks_early ? now_ns : monotonic_ns();
         continue;
       }
     }
-    if (spun) spin_misses_ += monotonic_ns() - last_fault_ns > kSpinLateNs ? kSpinMissesMax : 1;
-    if (reads_ && !armed_.exchange(true) && !scheduler_.arm(id_, session_.uffd().fd())) {
-      // A session that is not armed hears of no fault.
-      armed_.store(false);
-      scheduler_.schedule_at(id_, monotonic_ns() + kRetryNs);
+    if (spun) spin_misses_ += now_ns - last_fault_ns > kSpinLateNs ? kSpinMissesMax : 1;
+    if (is_to_rest(now_ns)) {
+      share_.rest(now_ns);
+      const std::int64_t until_ns = share_.rests_until_ns();
+      run_state_.store(RunState::idle);
+      scheduler_.schedule_at(id_, until_ns);
+      return;
     }
-    RunState expected = RunState::running;
-    const bool left = !more && run_state_.compare_exchange_strong(expected, RunState::idle);
-    if (left) return;
-    run_state_.store(RunState::running);
-    if (turns < kTurnsMax) continue;
+    // Where more faults are probably there already, an event would only wake another worker, for nothing.
+    if (!more && !(came && gives_way_)) {
+      if (reads_ && !armed_.exchange(true) && !scheduler_.arm(id_, session_.uffd().fd())) {
+        // A session that is not armed hears of no fault.
+        armed_.store(false);
+        scheduler_.schedule_at(id_, monotonic_ns() + kRetryNs);
+      }
+      share_.end(now_ns);
+      RunState expected = RunState::running;
+      if (run_state_.compare_exchange_strong(expected, RunState::idle)) return;
+      run_state_.store(RunState::running);
+      share_.begin(now_ns, told());
+    }
+    if (!gives_way_ && turns < kTurnsMax) {
+      turn_ns_ = now_ns;
+      continue;
+    }
+    share_.end(now_ns);
     run_state_.store(RunState::idle);
     scheduler_.schedule(id_);
     return;
   }
+}
+
+bool Actor::gives_way() {
+  return gives_way_ = gives_way_ || leaves_to_others(monotonic_ns());
+}
+
+[[gnu::hot]] bool Actor::leaves_to_others(std::int64_t now_ns) {
+  return share_.slice_has_ended(now_ns) && (is_to_rest(now_ns) || scheduler_.others_wait());
+}
+
+[[gnu::hot]] bool Actor::is_to_rest(std::int64_t now_ns) {
+  return share_.floods(now_ns, told()) && scheduler_.others_served(id_, now_ns - kNeighbourNs);
+}
+
+[[gnu::hot]] FairShare::Told Actor::told() const {
+  const SessionCounters& counters = session_.counters();
+  return {.events = counters.events.load(std::memory_order_relaxed),
+          .duplicates = counters.faults_merged.load(std::memory_order_relaxed)};
 }
 
 void Actor::prepare() {
@@ -170,7 +215,6 @@ void Actor::run_commands() {
 }
 
 [[gnu::hot]] bool Actor::turn() {
-  turn_ns_ = monotonic_ns();
   take_mail();
   const std::uint64_t events = session_.counters().events.load(std::memory_order_relaxed);
   Session::Next next = session_.step();

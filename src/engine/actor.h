@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "engine/fair_share.h"
 #include "engine/session.h"
 
 namespace uffdkit {
@@ -33,6 +34,12 @@ class ActorScheduler {
   virtual void schedule_at(SessionId session, std::int64_t when_ns) = 0;
   // Wants one event when `uffd` can be read. Again after each event. False if that cannot be had now.
   virtual bool arm(SessionId session, int uffd) = 0;
+  // Whether anything waits for a worker.
+  virtual bool others_wait() = 0;
+  // A fault of the session is being served at this time.
+  virtual void serves(SessionId session, std::int64_t when_ns) = 0;
+  // Whether one of another session was, at this time or since.
+  virtual bool others_served(SessionId session, std::int64_t since_ns) = 0;
   // Lets a thread that has just been answered, and may wait for this worker's CPU, run first. False if
   // workers are to sleep instead.
   virtual bool give_way() = 0;
@@ -88,12 +95,17 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   // Takes what is in the mailbox, and steps; true if there is more to do at once.
   bool turn();
   void close_mailbox();
+  // A slice has ended: others are waited for, or kept from their CPU.
+  bool leaves_to_others(std::int64_t now_ns);
+  bool is_to_rest(std::int64_t now_ns);
+  FairShare::Told told() const;
   // False if nobody knows its process.
   bool signal_client(int number);
 
   // SessionHost
   std::int64_t now_ns() override { return turn_ns_; }
   std::span<std::byte> scratch() override { return scratch_; }
+  bool gives_way() override;
   void start_fetch(StoreLane& lane, std::unique_ptr<Fetch> fetch) override;
   bool kill_client() override { return signal_client(SIGKILL); }
   bool stop_client() override { return signal_client(SIGSTOP); }
@@ -119,6 +131,8 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   Session session_;
   std::span<std::byte> scratch_;
   std::int64_t turn_ns_ = 0;  // when the turn began: the time for all of it
+  FairShare share_;
+  bool gives_way_ = false;    // this run is over
   unsigned spin_misses_ = 0;  // sleeps in a row before which no fault came while it was looked for
   unsigned spins_left_out_ = 0;
   unsigned early_misses_ = 0;  // looks in a row, straight after an answer, that found no fault

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cerrno>
@@ -100,6 +101,9 @@ class Engine::Shared final : public ActorScheduler {
   void schedule(SessionId session) override;
   void schedule_at(SessionId session, std::int64_t when_ns) override;
   bool arm(SessionId session, int uffd) override;
+  bool others_wait() override;
+  void serves(SessionId session, std::int64_t when_ns) override;
+  bool others_served(SessionId session, std::int64_t since_ns) override;
   bool give_way() override;
   bool look_again(std::int64_t last_fault_ns) override;
   void ended(SessionId session) override;
@@ -122,7 +126,7 @@ class Engine::Shared final : public ActorScheduler {
   // Waits for an event, and serves it.
   void serve_event(Worker& worker);
   void run_queued(const Scratch& scratch);
-  void queue_what_is_due();
+  void run_what_is_due(const Scratch& scratch);
   void set_timer(std::int64_t when_ns) const;
 
   const EngineOptions options_;
@@ -142,6 +146,9 @@ class Engine::Shared final : public ActorScheduler {
   std::mutex sessions_mutex_;
   std::unordered_map<SessionId, std::shared_ptr<Actor>> sessions_;
   SessionId last_session_ = 0;
+
+  // When a fault was last served of the sessions of this number, modulo the size.
+  std::array<std::atomic<std::int64_t>, 16> served_at_ns_{};
 
   std::mutex queue_mutex_;
   std::deque<SessionId> queue_;
@@ -272,7 +279,7 @@ void Engine::Shared::serve_event(Worker& worker) {
       run_queued(*worker.scratch);
       break;
     case Source::timer:
-      queue_what_is_due();
+      run_what_is_due(*worker.scratch);
       break;
     case Source::uffd:
       if (const auto actor = find(session)) {
@@ -304,7 +311,7 @@ void Engine::Shared::run_queued(const Scratch& scratch) {
   if (actor) actor->run(scratch.bytes());
 }
 
-void Engine::Shared::queue_what_is_due() {
+void Engine::Shared::run_what_is_due(const Scratch& scratch) {
   std::uint64_t expirations = 0;
   (void)::read(timer_.get(), &expirations, sizeof expirations);
   std::vector<SessionId> now_due;
@@ -318,10 +325,18 @@ void Engine::Shared::queue_what_is_due() {
     }
     if (!due_.empty()) set_timer(due_.begin()->first);
   }
+  std::shared_ptr<Actor> own;
   for (const SessionId session : now_due) {
-    if (const auto actor = find(session)) actor->timer_fired();
-    schedule(session);
+    const auto actor = find(session);
+    if (!actor) continue;
+    actor->timer_fired();
+    // One is run here, the others by whoever has time.
+    if (own)
+      schedule(session);
+    else
+      own = actor;
   }
+  if (own) own->run(scratch.bytes());
 }
 
 void Engine::Shared::set_timer(std::int64_t when_ns) const {
@@ -381,8 +396,23 @@ bool Engine::Shared::look_again(std::int64_t last_fault_ns) {
   // The thread that has the next fault may be waiting for this CPU.
   ::sched_yield();
   // Whatever else there is to do comes first.
+  return !others_wait();
+}
+
+bool Engine::Shared::others_wait() {
   pollfd events{.fd = epoll_.get(), .events = POLLIN, .revents = 0};
-  return ::poll(&events, 1, 0) == 0;
+  return ::poll(&events, 1, 0) != 0;
+}
+
+void Engine::Shared::serves(SessionId session, std::int64_t when_ns) {
+  served_at_ns_[session % served_at_ns_.size()].store(when_ns, std::memory_order_relaxed);
+}
+
+bool Engine::Shared::others_served(SessionId session, std::int64_t since_ns) {
+  for (std::size_t i = 0; i < served_at_ns_.size(); ++i)
+    if (i != session % served_at_ns_.size() && served_at_ns_[i].load(std::memory_order_relaxed) >= since_ns)
+      return true;
+  return false;
 }
 
 void Engine::Shared::ended(SessionId session) {

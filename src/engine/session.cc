@@ -220,6 +220,7 @@ PendingWhy Session::why(const Pending& pending) {
     }
     // The kernel gives as many as wait and fit.
     if (read.messages < messages.size()) return true;
+    if (host_.gives_way()) return false;
   }
   return false;
 }
@@ -390,6 +391,7 @@ void Session::apply(const ForkEvent& event) {
   for (; next < pending_.size() && served < kServedPerStep; ++next) {
     Pending pending = pending_[next];
     if (pending.is_waiting() && pending.not_before_ns <= now) {
+      if (served > 0 && host_.gives_way()) break;
       ++served;
       const Served result = serve(pending);
       if (end_) return true;

@@ -99,6 +99,9 @@ class SessionHost {
   virtual std::int64_t now_ns() = 0;
   // Memory for one read, at least one fetch large; the session uses it within a step only.
   virtual std::span<std::byte> scratch() = 0;
+  // Whether the session has had its time: it leaves the rest for its next step. Asked between any two pieces
+  // of work.
+  virtual bool gives_way() = 0;
   // Reads the fetch where that may wait, and brings it back by Session::fetched().
   virtual void start_fetch(StoreLane& lane, std::unique_ptr<Fetch> fetch) = 0;
   // Ends the client, because going on would give it wrong bytes or none. False if nobody knows its process.

@@ -24,6 +24,7 @@ bool Session::populate() {
   if (populate_not_before_ns_ > now) return false;
   populate_not_before_ns_ = 0;
   for (int runs = 0; runs < kPopulateRunsPerStep; ++runs) {
+    if (runs > 0 && host_.gives_way()) return true;
     const auto segments = state_.layout().segments();
     const auto segment = std::find_if(segments.begin(), segments.end(),
                                       [&](const Segment& s) { return s.memory.end() > populate_from_; });

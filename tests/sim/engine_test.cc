@@ -36,6 +36,7 @@ class Host final : public SessionHost {
  public:
   std::int64_t now_ns() override { return ++now_; }
   std::span<std::byte> scratch() override { return scratch_; }
+  bool gives_way() override { return false; }
   void start_fetch(StoreLane&, std::unique_ptr<Fetch>) override {}
   bool kill_client() override { return false; }
   bool stop_client() override { return false; }

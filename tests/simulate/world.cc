@@ -111,6 +111,7 @@ struct Client final : SessionHost {
   // SessionHost
   std::int64_t now_ns() override;
   std::span<std::byte> scratch() override { return scratch_memory; }
+  bool gives_way() override;
   void start_fetch(StoreLane&, std::unique_ptr<Fetch> fetch) override { reading.push_back(std::move(fetch)); }
   bool kill_client() override {
     process.kill();
@@ -742,6 +743,10 @@ class World {
 
 std::int64_t Client::now_ns() {
   return world.now_ns();
+}
+
+bool Client::gives_way() {
+  return world.draw(4) == 0;
 }
 
 Result<ReadStatus> SeededStore::read(StoreOffset from, std::span<std::byte> to, Wait wait) noexcept {

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "base/clock.h"
 #include "support/scripted_system_calls.h"
 
 namespace uffdkit {
@@ -24,6 +25,8 @@ class FakeScheduler final : public ActorScheduler {
   int armed = 0;
   int ended_calls = 0;
   bool can_arm = true;
+  bool others_are_waiting = false;
+  bool others_are_served = false;
   std::function<bool()> on_look = [] { return false; };
 
   void schedule(SessionId) override { ++scheduled; }
@@ -32,6 +35,9 @@ class FakeScheduler final : public ActorScheduler {
     ++armed;
     return can_arm;
   }
+  bool others_wait() override { return others_are_waiting; }
+  void serves(SessionId, std::int64_t) override {}
+  bool others_served(SessionId, std::int64_t) override { return others_are_served; }
   bool give_way() override { return on_look(); }
   bool look_again(std::int64_t) override { return on_look(); }
   void ended(SessionId) override { ++ended_calls; }
@@ -46,6 +52,41 @@ class FakeListener final : public EngineListener {
   void detach_failed(SessionId, const Error&) override {}
   void page_failed(SessionId, const Error&) override {}
   void warn(SessionId, const std::string&) override {}
+};
+
+// One whose client has told it all that fits into one read, again and again; each call takes longer than a
+// slice.
+class FloodedSystemCalls final : public test::ScriptedSystemCalls {
+ public:
+  std::uint8_t event = abi::kEventPagefault;
+  int reads = 0;
+  int fills = 0;
+
+  std::ptrdiff_t read(int, void* buffer, std::size_t bytes) override {
+    ++reads;
+    take_a_slice();
+    for (std::size_t i = 0; i < bytes / sizeof(abi::Msg); ++i) {
+      abi::Msg message{};
+      message.event = event;
+      if (event == abi::kEventPagefault)
+        message.arg.pagefault.address = ++page_ * 4096;
+      else
+        message.arg.remove = {.start = 4096, .end = 8192};
+      std::memcpy(static_cast<abi::Msg*>(buffer) + i, &message, sizeof message);
+    }
+    return static_cast<std::ptrdiff_t>(bytes);
+  }
+  int ioctl(int, unsigned long request, std::uintptr_t) override {
+    if (request != abi::kIoctlWake) ++fills;
+    take_a_slice();
+    return -ENOENT;
+  }
+
+ private:
+  static void take_a_slice() {
+    for (const std::int64_t begin = monotonic_ns(); monotonic_ns() - begin <= FairShare::kSliceNs;) continue;
+  }
+  std::uint64_t page_ = 0;
 };
 
 // A userfaultfd to which nothing happens but these faults, which come one after another.
@@ -105,14 +146,52 @@ TEST_F(ActorTest, FaultsThatFollowAnAnswerAreServedBeforeItArms) {
 TEST_F(ActorTest, FaultsWithoutAnEndLeaveOthersTheirTurn) {
   constexpr std::uint64_t kEndless = 1ull << 60;
   calls_.faults = kEndless;
+  scheduler_.others_are_waiting = true;
   run();
   EXPECT_GT(calls_.faults, kEndless - 1000);
-  EXPECT_EQ(scheduler_.armed, 1);
+  EXPECT_EQ(scheduler_.scheduled, 1);
   // However long the scheduler would have it look.
   scheduler_.on_look = [] { return true; };
-  actor_->disarmed();
   run();
-  EXPECT_EQ(scheduler_.armed, 2);
+  EXPECT_GT(calls_.faults, kEndless - 2000);
+  EXPECT_EQ(scheduler_.scheduled, 2);
+  // An event would wake another worker at once.
+  EXPECT_EQ(scheduler_.armed, 0);
+}
+
+class FloodedActorTest : public testing::Test {
+ protected:
+  void run() { actor_->run(scratch_); }
+
+  FloodedSystemCalls calls_;
+  FakeScheduler scheduler_;
+  FakeListener listener_;
+  std::vector<std::byte> scratch_ = std::vector<std::byte>(kFetchGranulesMax * 4096);
+  std::shared_ptr<Actor> actor_ = std::make_shared<Actor>(
+      1, 0, Uffd::adopt(calls_.make_descriptor(), Features(), calls_), SessionState::create("").value(),
+      std::vector<std::shared_ptr<StoreLane>>(), SessionOptions{}, std::nullopt, scheduler_, listener_);
+};
+
+TEST_F(FloodedActorTest, ANeighbourWaitsForOneReadAndOneFillOfAFlood) {
+  scheduler_.others_are_waiting = true;
+  for (int runs = 1; runs <= 5; ++runs) {
+    run();
+    EXPECT_EQ(calls_.reads, runs);
+    EXPECT_EQ(calls_.fills, runs);
+    // Behind the neighbour.
+    EXPECT_EQ(scheduler_.scheduled, runs);
+  }
+  EXPECT_EQ(scheduler_.armed, 0);
+}
+
+TEST_F(FloodedActorTest, AFloodOfEventsRestsWhileOthersAreServed) {
+  scheduler_.others_are_served = true;
+  calls_.event = abi::kEventRemove;
+  run();
+  EXPECT_EQ(calls_.reads, 1);
+  EXPECT_EQ(scheduler_.scheduled, 0);
+  EXPECT_EQ(scheduler_.at.size(), 1u);
+  EXPECT_EQ(scheduler_.armed, 0);
 }
 
 TEST_F(ActorTest, LooksForFaultsAsLongAsTheSchedulerWants) {

@@ -200,7 +200,8 @@ class FakeHost final : public SessionHost {
  public:
   std::int64_t now = 1'000 * kMillisecond;
   std::deque<std::unique_ptr<Fetch>> fetches;
-  bool killable = true;  // its process is known
+  bool in_a_hurry = false;  // others wait
+  bool killable = true;     // its process is known
   bool killed = false;
   int stops = 0;
   int continues = 0;
@@ -211,6 +212,7 @@ class FakeHost final : public SessionHost {
 
   std::int64_t now_ns() override { return now; }
   std::span<std::byte> scratch() override { return scratch_; }
+  bool gives_way() override { return in_a_hurry; }
   void start_fetch(StoreLane&, std::unique_ptr<Fetch> fetch) override { fetches.push_back(std::move(fetch)); }
   bool kill_client() override { return killed = killable; }
   bool stop_client() override {
@@ -290,6 +292,26 @@ TEST_F(SessionTest, AFaultBringsItsWindow) {
   EXPECT_EQ(counter(counters().pages_copied), 4u);
   EXPECT_EQ(counter(counters().bytes_read), 4 * kPage);
   EXPECT_EQ(counter(counters().pending), 0u);
+}
+
+TEST_F(SessionTest, FaultsAreServedOneAStepWhileOthersWait) {
+  host_.in_a_hurry = true;
+  for (const std::uint64_t page : {0ul, 16ul, 32ul}) kernel_.fault(pages(page));
+  for (std::size_t step = 1; step <= 3; ++step) {
+    EXPECT_EQ(session_.step().again, step < 3);
+    EXPECT_EQ(kernel_.count(abi::kIoctlCopy), step);
+  }
+  EXPECT_EQ(at(32), tag_of(32));
+}
+
+TEST_F(SessionTest, MessagesAreReadOneInboxFullAStepWhileOthersWait) {
+  host_.in_a_hurry = true;
+  for (std::size_t i = 0; i < 2 * kInboxMessages + 1; ++i) kernel_.removed(pages(i));
+  EXPECT_TRUE(session_.step().again);
+  EXPECT_EQ(kernel_.messages.size(), kInboxMessages + 1);
+  EXPECT_TRUE(session_.step().again);
+  EXPECT_FALSE(session_.step().again);
+  EXPECT_TRUE(kernel_.messages.empty());
 }
 
 TEST_F(SessionTest, ZeroPagesAreMappedNotCopied) {
