@@ -14,13 +14,14 @@ std::optional<Segment> intersection(const Segment& segment, AddressRange memory)
   return Segment{.memory = {start, end - start},
                  .region = segment.region,
                  .page_size = segment.page_size,
-                 .first = segment.granule_at(start)};
+                 .first = segment.granule_at(start),
+                 .left_behind = segment.left_behind};
 }
 
 // Whether `next` goes on where `segment` ends, so that one segment can stand for both.
 bool continues(const Segment& segment, const Segment& next) {
   return segment.memory.end() == next.memory.start && segment.region == next.region &&
-         segment.page_size == next.page_size &&
+         segment.page_size == next.page_size && segment.left_behind == next.left_behind &&
          (segment.region == kZeroRegion || segment.granules().end() == next.first);
 }
 
@@ -56,7 +57,7 @@ std::vector<RegionPart> Layout::parts_in(AddressRange memory) const {
   const auto [first, last] = overlapping(memory);
   for (std::size_t i = first; i < last; ++i) {
     const auto part = intersection(segments_[i], memory);
-    if (part && part->region != kZeroRegion)
+    if (part && part->region != kZeroRegion && !part->left_behind)
       parts.push_back({.region = part->region, .granules = part->granules()});
   }
   return parts;
@@ -104,17 +105,49 @@ std::vector<Segment> Layout::cut(AddressRange memory) {
   return taken;
 }
 
-void Layout::move(AddressRange from, Address to) {
+void Layout::move(AddressRange from, Address to, const std::function<bool(RegionId)>& may_be_file) {
   const std::vector<Segment> moving = cut(from);
   for (const Segment& segment : moving) {
-    Segment left_behind = segment;
-    left_behind.region = kZeroRegion;
-    add(left_behind);
+    Segment left = segment;
+    left.left_behind = segment.region != kZeroRegion && may_be_file(segment.region);
+    if (!left.left_behind) left.region = kZeroRegion;
+    add(left);
   }
   for (Segment segment : moving) {
     segment.memory.start = to + (segment.memory.start - from.start);
     add(segment);
   }
+}
+
+void Layout::add_where_free(Segment segment) {
+  const auto [first, last] = overlapping(segment.memory);
+  if (first != last) {
+    if (segments_[first].memory.start <= segment.memory.start) return;
+    segment.memory.length = segments_[first].memory.start - segment.memory.start;
+  }
+  if (segment.memory.length.value > 0) add(segment);
+}
+
+void Layout::settle(Address left_behind, bool is_file) {
+  const Segment* found = search(left_behind);
+  if (found == nullptr || !found->left_behind) return;
+  Segment settled = *found;
+  settled.left_behind = false;
+  if (!is_file) settled.region = kZeroRegion;
+  add(settled);
+}
+
+const Segment* Layout::find(RegionId region, PageIndex granule) const {
+  const auto maps = [&](const Segment& segment) {
+    return segment.region == region && !segment.left_behind && segment.granules().contains(granule);
+  };
+  const auto found = std::find_if(segments_.begin(), segments_.end(), maps);
+  return found == segments_.end() ? nullptr : &*found;
+}
+
+const Segment* Layout::last_before(Address address) const {
+  const std::size_t behind = overlapping({address, ByteCount(1)}).first;
+  return behind == 0 ? nullptr : &segments_[behind - 1];
 }
 
 }  // namespace uffdkit

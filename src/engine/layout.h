@@ -2,15 +2,16 @@
 // shows.
 //
 // A client starts with whole regions. munmap(2) and mremap(2) cut and move them, so that the layout is a list
-// of segments: each maps a run of a region's granules at an address, or, where mremap(2) left an emptied
-// range behind, stands for memory that reads as zero. Pure: no kernel, no I/O. Threads: none; owned by one
-// session. Invariants: segments are sorted by address and do not overlap, and none could be joined with the
-// one before it; starts and lengths are multiples of 4096.
+// of segments: each maps a run of a region's granules at an address, or stands for memory that reads as zero.
+// Shared memory of a file may be mapped at several addresses, so a granule may be in several segments. Pure:
+// no kernel, no I/O. Threads: none; owned by one session. Invariants: segments are sorted by address and do
+// not overlap, and none could be joined with the one before it; starts and lengths are multiples of 4096.
 #pragma once
 
 #include <uffdkit/units.h>
 
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -26,6 +27,9 @@ struct Segment {
   RegionId region;
   PageSize page_size;
   PageIndex first;  // the granule of the region at memory.start; meaningless for kZeroRegion
+  // mremap(2) has left it behind, and the granules are elsewhere: where the memory is the client's own, this
+  // is empty; where it is a file's, the same granules still. Which of these nobody has told yet.
+  bool left_behind = false;
 
   // The granule at `address`, which lies in the segment.
   PageIndex granule_at(Address address) const { return first + kPage4K.pages(address - memory.start); }
@@ -52,7 +56,7 @@ class Layout {
     return search(address);
   }
 
-  // The granules of regions that lie in `memory`, in address order.
+  // The granules of regions that lie in `memory`, in address order; none of what was left behind.
   std::vector<RegionPart> parts_in(AddressRange memory) const;
 
   // Adds a segment, joining it with its neighbours where it goes on; whatever lay there before is forgotten.
@@ -61,9 +65,22 @@ class Layout {
   // Forgets what lies in `memory`, cutting segments at its ends.
   void erase(AddressRange memory);
 
-  // What mremap(2) did: what lay in `from` lies at `to` now, and what is left behind, if it is still mapped
-  // (MREMAP_DONTUNMAP), reads as zero; an UNMAP event says if it is not.
-  void move(AddressRange from, Address to);
+  // What mremap(2) did: what lay in `from` lies at `to` now. An UNMAP event says if it is not mapped at
+  // `from` any more; else (MREMAP_DONTUNMAP) that is left behind, or zero where no file can be
+  // (`may_be_file`).
+  void move(AddressRange from, Address to, const std::function<bool(RegionId)>& may_be_file);
+
+  // Adds as much of the segment as lies before the next one; nothing if its start is taken.
+  void add_where_free(Segment segment);
+
+  // It has turned out what a segment that was left behind is: a file's memory, or empty.
+  void settle(Address left_behind, bool is_file);
+
+  // A segment that maps the granule, and was not left behind; nullptr if there is none.
+  const Segment* find(RegionId region, PageIndex granule) const;
+
+  // The last segment that ends at the address or before; nullptr if there is none.
+  const Segment* last_before(Address address) const;
 
  private:
   struct IndexRange {

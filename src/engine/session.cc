@@ -231,7 +231,9 @@ PendingWhy Session::why(const Pending& pending) {
 [[gnu::always_inline]] inline bool Session::serve_at_once(const Fault& fault) {
   if (!pending_.empty() || ending_ || fault.kind != Fault::Kind::missing) return false;
   const Segment* segment = state_.layout().find(fault.address);
-  if (segment == nullptr || segment->region == kZeroRegion || segment->page_size != kPage4K) return false;
+  if (segment == nullptr || segment->region == kZeroRegion || segment->left_behind ||
+      segment->page_size != kPage4K)
+    return false;
   const RegionServing& serving = serving_[segment->region];
   if (serving.shared != nullptr) return false;
   const PageIndex wanted = segment->granule_at(fault.address);
@@ -349,7 +351,10 @@ void Session::apply(const UnmapEvent& event) {
 
 void Session::apply(const RemapEvent& event) {
   add(counters_.events);
-  if (auto moved = state_.move(event.from, event.to); !moved) fail(moved.error().message());
+  // Without a length it is a second mapping of the same file.
+  auto moved = event.from.length.value != 0 ? state_.move(event.from, event.to)
+                                            : state_.map_again(event.from.start, event.to);
+  if (!moved) fail(moved.error().message());
   populate_again_from(event.to);
   forget_dropped_regions();
 }
@@ -429,8 +434,14 @@ void Session::apply(const ForkEvent& event) {
 
 [[gnu::always_inline]] inline Session::Served Session::serve_missing(Pending& pending) {
   const Segment* segment = state_.layout().find(pending.page);
+  if (segment == nullptr) {
+    const std::optional<bool> grown = has_grown_over(pending.page);
+    if (!grown) return put_off(pending);
+    if (*grown) segment = state_.layout().find(pending.page);
+  }
   if (segment == nullptr) return serve_outside(pending, kPage4K);
   if (segment->region == kZeroRegion) return serve_outside(pending, segment->page_size);
+  if (segment->left_behind) return serve_left_behind(pending, *segment);
   const PageIndex wanted = segment->granule_at(pending.page);
   const bool shared = serving_[segment->region].shared != nullptr;
   const FaultPlan plan =
@@ -512,6 +523,86 @@ Session::Served Session::serve_outside(Pending& pending, PageSize page_size) {
       wake(page);
       return Served::done;
   }
+}
+
+// Shows whether it is a file's: UFFDIO_CONTINUE is for nothing else, and maps the page if that has it. If it
+// has not, the page is brought to where the region lies now, where it is right in any case. A file shows it
+// here, too, and otherwise the next fault finds that nothing is to be had.
+Session::Served Session::serve_left_behind(Pending& pending, const Segment& segment) {
+  const AddressRange page{pending.page, kPage4K.bytes()};
+  const auto settle = [&](bool is_file) {
+    if (auto settled = state_.settle(pending.page, is_file); !settled) fail(settled.error().message());
+  };
+  switch (uffd_.resume(page).stop) {
+    case Stop::complete:
+      settle(/*is_file=*/true);
+      return Served::done;
+    case Stop::changing:
+    case Stop::no_memory:
+      return put_off(pending);
+    case Stop::gone:
+      finish(SessionEnd::gone);
+      return Served::done;
+    case Stop::invalid:
+      settle(/*is_file=*/false);
+      return serve_outside(pending, kPage4K);
+    case Stop::bad_memory:
+      break;
+    default:
+      wake(page);
+      return Served::done;
+  }
+  const PageIndex wanted = segment.granule_at(pending.page);
+  PageTable& table = state_.table(segment.region);
+  if (table.get(wanted) == PageState::poisoned) return serve_poison(pending, segment, wanted);
+  if (table.get(wanted) != PageState::absent && table.get(wanted) != PageState::fetching)
+    return serve_outside(pending, kPage4K);
+  const Segment* live = state_.layout().find(segment.region, wanted);
+  // Nobody can tell any more; a private mapping of a file is empty here.
+  if (live == nullptr) return serve_outside(pending, kPage4K);
+  if (pending.in_vain) {
+    // Only what was mapped a second time, and so is shared, can lie elsewhere without a word.
+    settle(/*is_file=*/true);
+    return put_off(pending);
+  }
+  const FaultPlan plan = plan_fault(table, *live, wanted, options_.fault_around, lost(*live));
+  Served served = Served::fetching;
+  if (plan.action == FaultPlan::Action::read) {
+    served = serve_read(pending, *live, plan.granules, wanted);
+  } else {
+    const auto brings = std::find_if(fetches_.begin(), fetches_.end(), [&](const UnderWay& fetch) {
+      return fetch.region == segment.region && is_current(fetch) && fetch.granules.contains(wanted);
+    });
+    if (brings == fetches_.end()) table.set(wanted, PageState::absent);
+    if (brings == fetches_.end()) return put_off(pending);
+    pending.fetch = brings->id;
+  }
+  if (served != Served::done || end_) return served;
+  // What could not be put there is not mapped there any more.
+  if (!is_brought(*live, {wanted, kOneGranule}) || uffd_.resume(page).stop == Stop::complete)
+    settle(/*is_file=*/true);
+  wake(page);
+  return Served::done;
+}
+
+std::optional<bool> Session::has_grown_over(Address page) {
+  const Segment* before = state_.layout().last_before(page);
+  if (before == nullptr || before->region == kZeroRegion || before->page_size != kPage4K ||
+      sharing_of(*before) != SharingMode::none)
+    return false;
+  const PageIndex granule = before->granules().end() + kPage4K.pages(page - before->memory.end());
+  if (granule.value >= kPage4K.pages(state_.regions()[before->region].length).value) return false;
+  // One mapping has its last page and this one, and is a file's: see serve_left_behind().
+  const Address last(before->memory.end().value - kPage4K.bytes().value);
+  const Stop stop = uffd_.resume({last, page + kPage4K.bytes() - last}, Wake::no).stop;
+  if (stop == Stop::changing) return std::nullopt;
+  if (stop != Stop::complete && stop != Stop::cut_short && stop != Stop::present && stop != Stop::bad_memory)
+    return false;
+  const std::optional<AddressRange> mapping = mapping_of({last, kPage4K.bytes()}, kPage4K);
+  if (!mapping) return std::nullopt;
+  const Address end = std::max(mapping->end(), page + kPage4K.bytes());
+  if (auto grown = state_.grow(*before, end); !grown) fail(grown.error().message());
+  return true;
 }
 
 [[gnu::hot]] Session::Served Session::served_by(Put put, Pending& pending, const Segment& segment,

@@ -223,6 +223,7 @@ class Session {
     bool blocked = false;            // as many fetches as may be are under way; one must come back first
     bool paused = false;             // it cannot be read, and is not tried again before resume()
     bool no_memory = false;          // why it was put off the last time; else the client was changing
+    bool in_vain = false;            // its fetch could put the page nowhere
     // Whether it is to be tried now or at a time.
     bool is_waiting() const { return fetch == 0 && !blocked && !paused; }
   };
@@ -306,6 +307,13 @@ class Session {
   // A fetch answers it.
   Served serve_by_fetch(Pending& pending, const Segment& segment, PageRange run);
   Served serve_outside(Pending& pending, PageSize page_size);
+  // Memory that mremap(2) has left behind.
+  Served serve_left_behind(Pending& pending, const Segment& segment);
+  // Whether the page is behind the end of a file's mapping that has grown over more of its region; then that
+  // is known now. Nothing: that cannot be told while the client changes its memory.
+  std::optional<bool> has_grown_over(Address page);
+  // Whether somebody waits for the page at `first`, wherever it is mapped.
+  bool is_demanded(const UnderWay& fetch, const Segment& segment, PageIndex first) const;
   Served served_by(Put put, Pending& pending, const Segment& segment, PageIndex wanted);
   Served put_off(Pending& pending, bool no_memory = false);
   // The fetch's number, or 0 if there is no memory for it.
@@ -347,6 +355,8 @@ class Session {
   std::optional<AddressRange> mapping_of(AddressRange pages, PageSize page_size) const;
   // Unregisters `memory` and what mremap(2) has added to its mapping; what has to wait goes to ends_.
   void unregister_with_growth(AddressRange memory, PageSize page_size);
+  // The same of a range that may be longer than its mapping.
+  void unregister_what_is_mapped(AddressRange memory);
   // Unregisters, and ends so when no thread of the client waits for an event to be read any more.
   void begin_end(SessionEnd end);
   void finish_ending();

@@ -92,10 +92,21 @@ void Session::unregister_with_growth(AddressRange memory, PageSize page_size) {
   const std::optional<AddressRange> mapping = mapping_of(memory, page_size);
   // A piece may be unmapped already, and the whole process may be gone: either way nothing is left to
   // unregister.
-  if (mapping) return (void)uffd_.unregister_range(*mapping);
+  if (mapping) return unregister_what_is_mapped(*mapping);
   const ByteCount rest = memory.length - page_size.bytes();
   if (rest.value > 0) (void)uffd_.unregister_range({memory.start, rest});
   ends_.push_back({{memory.start + rest, page_size.bytes()}, page_size});
+}
+
+// How long a second mapping of a file is nobody has told. Where something follows it that cannot be
+// registered, all of the range is refused.
+void Session::unregister_what_is_mapped(AddressRange memory) {
+  if (uffd_.unregister_range(memory)) return;
+  const AddressRange first{memory.start, kPage4K.bytes()};
+  if (const auto mapping = mapping_of(first, kPage4K))
+    (void)uffd_.unregister_range(*mapping);
+  else
+    ends_.push_back({first, kPage4K});
 }
 
 void Session::unregister_all() {
@@ -103,7 +114,7 @@ void Session::unregister_all() {
   for (std::size_t i = 0; i < segments.size(); ++i) {
     const AddressRange memory = segments[i].memory;
     if (i + 1 < segments.size() && segments[i + 1].memory.start == memory.end())
-      (void)uffd_.unregister_range(memory);
+      unregister_what_is_mapped(memory);
     else
       unregister_with_growth(memory, segments[i].page_size);
   }

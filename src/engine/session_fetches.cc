@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <bitset>
 #include <new>
 #include <utility>
 
@@ -72,9 +73,17 @@ void Session::install(std::unique_ptr<Fetch> read) {
 
   PageTable& table = state_.table(fetch.region);
   Put worst = Put::done;
+  std::bitset<kFetchGranulesMax> fetched;
+  for (std::size_t i = 0; i < fetch.granules.count.value; ++i)
+    fetched[i] = table.get(fetch.granules.first + PageCount(i)) == PageState::fetching;
   for (const Segment& segment : state_.layout().segments()) {
-    if (segment.region != fetch.region) continue;
+    if (segment.region != fetch.region || segment.left_behind) continue;
     const PageCount page = granules_per_page(segment);
+    // What is not mapped in one place may be in another.
+    for (std::size_t i = 0; i < fetch.granules.count.value; ++i)
+      if (const PageIndex granule = fetch.granules.first + PageCount(i);
+          fetched[i] && table.get(granule) == PageState::absent && segment.granules().contains(granule))
+        table.set(granule, PageState::fetching);
     // A page of which nothing is `fetching` any more has been removed meanwhile, or could not be read.
     const auto is_wanted = [&](PageIndex first) {
       for (PageIndex granule = first; granule < first + page; granule = granule + kOneGranule)
@@ -122,7 +131,7 @@ void Session::install(std::unique_ptr<Fetch> read) {
 void Session::settle_failed_pages(const UnderWay& fetch, const Fetch& read) {
   PageTable& table = state_.table(fetch.region);
   for (const Segment& segment : state_.layout().segments()) {
-    if (segment.region != fetch.region) continue;
+    if (segment.region != fetch.region || segment.left_behind) continue;
     const PageCount page = granules_per_page(segment);
     PageIndex first = std::max(fetch.granules.first, segment.granules().first);
     const PageIndex end = std::min(fetch.granules.end(), segment.granules().end());
@@ -143,13 +152,19 @@ void Session::settle_failed_pages(const UnderWay& fetch, const Fetch& read) {
   }
 }
 
+bool Session::is_demanded(const UnderWay& fetch, const Segment& segment, PageIndex first) const {
+  return std::any_of(pending_.begin(), pending_.end(), [&](const Pending& pending) {
+    if (pending.fetch != fetch.id) return false;
+    const Segment* at = state_.layout().find(pending.page);
+    return at != nullptr && at->region == segment.region && at->granule_at(pending.page) == first;
+  });
+}
+
 void Session::give_up(const UnderWay& fetch, const Segment& segment, PageIndex first, const Error& error) {
   PageTable& table = state_.table(fetch.region);
   const PageRange page{first, granules_per_page(segment)};
   const Address address = segment.address_of(first);
-  const bool demanded = std::any_of(pending_.begin(), pending_.end(), [&](const Pending& pending) {
-    return pending.fetch == fetch.id && pending.page == address;
-  });
+  const bool demanded = is_demanded(fetch, segment, first);
   const bool condemns = demanded || (detaching_ && unreadable_ == Unreadable::poison);
   if (demanded && options_.on_error == OnError::pause && pause(fetch, address, error)) {
     table.set(page, PageState::absent);
@@ -210,6 +225,11 @@ void Session::settle_pending(const UnderWay& fetch, Put put) {
     PageTable& table = state_.table(segment->region);
     const PageState state = table.get(granule);
     const bool is_there = state == PageState::installed || state == PageState::zeroed;
+    // Whether that is here as well is found now.
+    if (segment->left_behind && (is_there || put == Put::done)) {
+      pending.in_vain = !is_there;
+      return false;
+    }
     if (!is_there && state != PageState::absent) return false;
     // Its reader was woken by that, unless the page came otherwise, and was moved to where the reader waits.
     // It faults again if there is anything to be had.

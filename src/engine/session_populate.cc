@@ -43,6 +43,11 @@ bool Session::populate() {
       populate_from_ = segment->memory.end();
       continue;
     }
+    // Empty, or shown by the file when its region has it elsewhere.
+    if (segment->left_behind && !condemned_) {
+      populate_from_ = segment->memory.end();
+      continue;
+    }
     const PageTable& table = state_.table(segment->region);
     const PageIndex end = segment->granules().end();
     const PageIndex from = segment->granule_at(std::max(populate_from_, segment->memory.start));

@@ -40,7 +40,8 @@ struct FileSegment {
   std::uint64_t length;
   std::uint64_t first;
   std::uint32_t region;
-  std::uint32_t page_shift;
+  std::uint16_t page_shift;
+  std::uint16_t left_behind;
 };
 
 struct FileHeader {
@@ -265,6 +266,7 @@ Result<void> SessionState::load_layout(std::uint32_t count) {
                 (segment.start & page_mask) == 0 && segment.start >= free_from.value &&
                 segment.start < kStateAddressEnd.value &&
                 segment.length <= kStateAddressEnd.value - segment.start;
+    sane = sane && segment.left_behind <= (zero ? 0 : 1);
     if (sane && !zero) {
       sane = segment.region < regions_.size() && regions_[segment.region].live &&
              regions_[segment.region].page_size.shift() == segment.page_shift;
@@ -278,7 +280,8 @@ Result<void> SessionState::load_layout(std::uint32_t count) {
     layout_.add({.memory = memory,
                  .region = segment.region,
                  .page_size = PageSize::from_shift(segment.page_shift),
-                 .first = PageIndex(segment.first)});
+                 .first = PageIndex(segment.first),
+                 .left_behind = segment.left_behind != 0});
   }
   return {};
 }
@@ -373,7 +376,41 @@ Result<void> SessionState::erase(AddressRange memory) {
 }
 
 Result<void> SessionState::move(AddressRange from, Address to) {
-  layout_.move(from, to);
+  layout_.move(from, to, [&](RegionId region) {
+    return regions_[region].page_size == kPage4K && regions_[region].sharing == SharingMode::none;
+  });
+  Result<void> published = publish_layout();
+  drop_regions_without_segments();
+  return published;
+}
+
+Result<void> SessionState::map_again(Address from, Address to) {
+  const Segment* known = layout_.find(from);
+  if (known == nullptr || known->region == kZeroRegion ||
+      regions_[known->region].sharing != SharingMode::none)
+    return {};
+  Segment again = *known;
+  again.first = known->granule_at(from);
+  again.left_behind = false;
+  again.memory = {to, std::min(known->memory.end() - from, kStateAddressEnd - to)};
+  // Only a file can be mapped twice.
+  layout_.settle(from, /*is_file=*/true);
+  layout_.add_where_free(again);
+  return publish_layout();
+}
+
+Result<void> SessionState::grow(const Segment& segment, Address end) {
+  Segment behind = segment;
+  behind.first = segment.granules().end();
+  behind.left_behind = false;
+  const ByteCount rest = regions_[segment.region].length - kPage4K.bytes(PageCount(behind.first.value));
+  behind.memory = {segment.memory.end(), std::min(rest, end - segment.memory.end())};
+  layout_.add_where_free(behind);
+  return publish_layout();
+}
+
+Result<void> SessionState::settle(Address left_behind, bool is_file) {
+  layout_.settle(left_behind, is_file);
   Result<void> published = publish_layout();
   drop_regions_without_segments();
   return published;
@@ -392,7 +429,8 @@ Result<void> SessionState::publish_layout() {
                .length = segment.memory.length.value,
                .first = segment.first.value,
                .region = segment.region,
-               .page_shift = segment.page_size.shift()};
+               .page_shift = static_cast<std::uint16_t>(segment.page_size.shift()),
+               .left_behind = segment.left_behind};
   fields.segment_count[spare] = static_cast<std::uint32_t>(segments.size());
   active_layout_ = spare;
   publish_progress();

@@ -95,6 +95,14 @@ class SessionState {
   Result<void> erase(AddressRange memory);
   // What mremap(2) did; see Layout::move.
   Result<void> move(AddressRange from, Address to);
+  // The file that is mapped at `from` is mapped from there on at `to` as well. How far nobody tells: as far
+  // as it goes there, and nothing else lies here.
+  Result<void> map_again(Address from, Address to);
+  // The mapping that ended with the segment has grown up to `end`, and is a file's: the region goes on behind
+  // the segment, if it does.
+  Result<void> grow(const Segment& segment, Address end);
+  // See Layout::settle.
+  Result<void> settle(Address left_behind, bool is_file);
 
   // Empties the inbox: kInboxMessages slots for read(2) to fill, from the first on. All that was in it has
   // been applied.

@@ -158,6 +158,48 @@ TEST_P(Changes, MemoryThatAMoveLeavesBehindIsZero) {
   });
 }
 
+TEST_P(Changes, AFileThatAMoveLeavesMappedBehindShowsTheSamePagesInBothPlaces) {
+  if (GetParam() != Kind::shared) GTEST_SKIP() << "needs shared memory of small pages";
+  start_manager();
+  run([&](ChangingMemory& memory) {
+    memory.check(17);
+    memory.move(10, 50, 700, 50, true);
+    memory.check(12);
+    memory.write(14, 3);
+    memory.check_all(700, 50);
+    memory.check_all();
+    memory.give_back(702, 9, MADV_REMOVE);
+    memory.check_all();
+  });
+}
+
+TEST_P(Changes, AFileThatIsMappedASecondTimeShowsTheSamePagesInBothPlaces) {
+  if (GetParam() != Kind::shared) GTEST_SKIP() << "needs shared memory of small pages";
+  start_manager();
+  run([&](ChangingMemory& memory) {
+    memory.map_again(10, 50, 700);
+    memory.check_all(705, 3);
+    memory.write(720, 3);
+    memory.give_back(730, 9, MADV_REMOVE);
+    memory.check_all();
+    memory.unmap(20, 10);
+    memory.map_again(40, 5, 715);
+    memory.check_all();
+  });
+}
+
+TEST_P(Changes, AFilesMappingThatGrowsOverMoreOfTheImageShowsThat) {
+  if (GetParam() != Kind::shared) GTEST_SKIP() << "needs shared memory of small pages";
+  start_manager();
+  run([&](ChangingMemory& memory) {
+    memory.move(300, 300, 900);
+    require(memory.resize(250, 50, 50 + 100), "no room");
+    memory.check_all(300, 50);
+    memory.check_all(900, 100);
+    memory.check_all();
+  });
+}
+
 TEST_P(Changes, MemoryBesideWhatWasUnmappedOrMappedOverIsTheImage) {
   start_manager();
   run([&](ChangingMemory& memory) {
@@ -292,7 +334,8 @@ TEST_P(Changes, NoThreadWaitsForEverWhenTheManagerHasEnded) {
       memory.unmap(590, 10);
       require(memory.resize(580, 10, 77), "no room");
       memory.move(100, 30, 800, 300, false);
-      if (!is_file()) memory.move(200, 30, 1200, 30, true);
+      if (!is_huge()) memory.move(200, 30, 1200, 30, true);
+      if (is_file()) memory.map_again(400, 30, 1300);
       memory.check(600);
     }
     channel.send(1);

@@ -147,6 +147,11 @@ void ChangingMemory::give_back(std::size_t first, std::size_t count, int advice)
     Cell& given = cell(page);
     const bool stays = advice == MADV_DONTNEED && is_of_file(page);
     if (stays && given.is_there) continue;  // the file has it still
+    // Nobody may know yet that what was left behind is the file's.
+    if (has_left_behind_ && is_of_file(page) && given.image_page && !given.is_there) {
+      given.may_be_zero = true;
+      continue;
+    }
     if (advice == MADV_FREE || stays) {
       given.may_be_zero = true;
     } else {
@@ -173,7 +178,7 @@ void ChangingMemory::forget(std::size_t first, std::size_t count) {
   for (std::size_t page = first; page < first + count; ++page) {
     const std::size_t old = std::exchange(cell_of_[page], kNoCell);
     // A page of the file is kept there if it was, and no part of the image if it was not.
-    if (old < file_pages_ && !is_mapped_anywhere(old) && !cells_[old].is_there)
+    if (old < file_pages_ && !cells_[old].is_there && (has_left_behind_ || !is_mapped_anywhere(old)))
       cells_[old].may_be_zero = true;
   }
 }
@@ -182,6 +187,7 @@ void ChangingMemory::move(std::size_t first, std::size_t count, std::size_t to, 
                           bool keep_old) {
   const int flags = MREMAP_MAYMOVE | MREMAP_FIXED | (keep_old ? MREMAP_DONTUNMAP : 0);
   if (mremap(at(first), count * 4096, new_count * 4096, flags, at(to)) != at(to)) fail("mremap");
+  has_left_behind_ = has_left_behind_ || keep_old;
   forget(to, new_count);
   if (new_count < count) forget(first + new_count, count - new_count);
   for (std::size_t i = 0; i < std::min(count, new_count); ++i) {
@@ -190,7 +196,16 @@ void ChangingMemory::move(std::size_t first, std::size_t count, std::size_t to, 
     if (keep_old && !is_of_file(first + i))
       cell_of_[first + i] = new_cell({.is_served = cell(first + i).is_served});
   }
+  has_grown_ = has_grown_ || new_count > count;
   for (std::size_t i = count; i < new_count; ++i) cell_of_[to + i] = cell_behind(cell_of_[to + i - 1]);
+}
+
+void ChangingMemory::map_again(std::size_t first, std::size_t count, std::size_t to) {
+  if (mremap(at(first), 0, count * 4096, MREMAP_MAYMOVE | MREMAP_FIXED, at(to)) != at(to)) fail("mremap");
+  has_mapped_again_ = true;
+  const std::size_t from = cell_of_[first];
+  forget(to, count);
+  for (std::size_t i = 0; i < count; ++i) cell_of_[to + i] = from + i;
 }
 
 bool ChangingMemory::resize(std::size_t first, std::size_t count, std::size_t new_count) {
@@ -199,6 +214,7 @@ bool ChangingMemory::resize(std::size_t first, std::size_t count, std::size_t ne
     fail("mremap");
   }
   if (new_count < count) forget(first + new_count, count - new_count);
+  has_grown_ = has_grown_ || new_count > count;
   for (std::size_t i = count; i < new_count; ++i) cell_of_[first + i] = cell_behind(cell_of_[first + i - 1]);
   return true;
 }
@@ -271,9 +287,10 @@ std::optional<std::size_t> ChangingMemory::place(std::mt19937_64& random, std::s
   return std::nullopt;
 }
 
-// A second mapping of what a file shows elsewhere is not known to be the image.
+// What a file's mapping has grown over is known to be the image from when it is touched, and nobody can tell
+// if it is moved before that.
 bool ChangingMemory::may_grow(std::size_t last, std::size_t count) const {
-  if (is_huge()) return false;  // the kernel cannot
+  if (is_huge() || has_mapped_again_) return false;  // with huge pages the kernel cannot
   for (std::size_t cell = cell_of_[last] + 1; is_of_file(last) && cell <= cell_of_[last] + count; ++cell)
     if (cell >= file_pages_ || is_mapped_anywhere(cell)) return false;
   return true;
@@ -318,8 +335,11 @@ void ChangingMemory::change(std::mt19937_64& random) {
       resize(first, count, less);
       return;
     case 10:
-      if (is_file() || is_huge()) return;
-      if (const auto to = place(random, count, first, count)) move(first, count, *to, count, true);
+      if (is_huge() || (is_file() && !is_of_file(first))) return;
+      if (const auto to = place(random, count, first, count)) {
+        if (is_file() && !has_grown_ && random() % 2 == 0) return map_again(first, count, *to);
+        move(first, count, *to, count, true);
+      }
       return;
     default:
       if (random() % 2 == 0) return unmap(first, less);

@@ -56,6 +56,8 @@ class ChangingMemory {
   // mremap(2) to a fixed place.
   void move(std::size_t first, std::size_t count, std::size_t to) { move(first, count, to, count, false); }
   void move(std::size_t first, std::size_t count, std::size_t to, std::size_t new_count, bool keep_old);
+  // mremap(2) of a file's memory without a length: a second mapping of it.
+  void map_again(std::size_t first, std::size_t count, std::size_t to);
   // mremap(2) in place; false if there is no room.
   bool resize(std::size_t first, std::size_t count, std::size_t new_count);
   void unmap(std::size_t first, std::size_t count);
@@ -110,6 +112,11 @@ class ChangingMemory {
   Uffd uffd_;
   std::vector<Cell> cells_;           // first those of the file's pages
   std::vector<std::size_t> cell_of_;  // by page of the arena
+  bool has_left_behind_ = false;      // anything, by MREMAP_DONTUNMAP
+  // The length of a second mapping is not told, nor where memory has grown: at random only one of these is
+  // done.
+  bool has_mapped_again_ = false;
+  bool has_grown_ = false;
 };
 
 }  // namespace uffdkit::test

@@ -19,6 +19,13 @@ Segment segment(std::uint64_t page, std::uint64_t count, RegionId region, std::u
   return {.memory = pages(page, count), .region = region, .page_size = kPage4K, .first = PageIndex(first)};
 }
 
+bool no_file(RegionId) {
+  return false;
+}
+bool any_file(RegionId) {
+  return true;
+}
+
 // What a page of the address space shows, page by page: a layout as anybody would believe it.
 class NaiveLayout {
  public:
@@ -103,7 +110,7 @@ TEST(Layout, MovingCutsAtEveryOffset) {
         layout.add(added);
         naive.add(added);
       }
-      layout.move(pages(first, count), Address(28 * kPage));
+      layout.move(pages(first, count), Address(28 * kPage), no_file);
       naive.move(pages(first, count), Address(28 * kPage));
       expect_same(layout, naive, 50);
     }
@@ -143,11 +150,11 @@ TEST(Layout, PiecesThatAreMovedAwayAndBackBecomeWholeAgain) {
   Layout layout;
   layout.add(segment(10, 64, 0));
   for (std::uint64_t i = 0; i < 64; ++i) {
-    layout.move(pages(10 + i, 1), Address((200 + i) * kPage));
+    layout.move(pages(10 + i, 1), Address((200 + i) * kPage), no_file);
     layout.erase(pages(10 + i, 1));
   }
   for (std::uint64_t i = 0; i < 64; ++i) {
-    layout.move(pages(200 + i, 1), Address((10 + i) * kPage));
+    layout.move(pages(200 + i, 1), Address((10 + i) * kPage), no_file);
     layout.erase(pages(200 + i, 1));
   }
   ASSERT_EQ(layout.segments().size(), 1u);
@@ -180,7 +187,7 @@ TEST(Layout, AgreesWithANaiveModelUnderRandomChanges) {
         default: {
           const std::uint64_t to = random() % (kPages - count);
           if (pages(first, count).overlaps(pages(to, count))) break;  // mremap(2) refuses it
-          layout.move(pages(first, count), Address(to * kPage));
+          layout.move(pages(first, count), Address(to * kPage), no_file);
           naive.move(pages(first, count), Address(to * kPage));
         }
       }
@@ -188,6 +195,54 @@ TEST(Layout, AgreesWithANaiveModelUnderRandomChanges) {
       if (HasFatalFailure()) return;
     }
   }
+}
+
+// ---- memory that is mapped more than once -----------------------------------------------------------------
+
+TEST(Layout, WhatAMoveLeavesBehindMayShowTheSameAndIsNoPartOfTheRegionUntilThatIsKnown) {
+  Layout layout;
+  layout.add(segment(10, 8, 1));
+  layout.move(pages(12, 4), Address(30 * kPage), any_file);
+  ASSERT_EQ(layout.segments().size(), 4u);
+  const Segment* left = layout.find(Address(13 * kPage));
+  ASSERT_NE(left, nullptr);
+  EXPECT_TRUE(left->left_behind);
+  EXPECT_EQ(left->granule_at(Address(13 * kPage)), PageIndex(3));
+  EXPECT_TRUE(layout.parts_in(pages(12, 4)).empty());
+  EXPECT_EQ(layout.find(1, PageIndex(3))->memory, pages(30, 4));
+}
+
+TEST(Layout, WhatWasLeftBehindBecomesOneWithItsNeighboursWhenItIsAFilesAndZeroWhenItIsNot) {
+  for (const bool is_file : {true, false}) {
+    Layout layout;
+    layout.add(segment(10, 8, 1));
+    layout.move(pages(12, 4), Address(30 * kPage), any_file);
+    layout.settle(Address(13 * kPage), is_file);
+    EXPECT_EQ(layout.segments().size(), is_file ? 2u : 4u);
+    EXPECT_EQ(layout.find(Address(12 * kPage))->region, is_file ? RegionId{1} : kZeroRegion);
+    EXPECT_FALSE(layout.find(Address(12 * kPage))->left_behind);
+  }
+}
+
+TEST(Layout, ASegmentIsAddedUpToTheNextOneAndNotOverAny) {
+  Layout layout;
+  layout.add(segment(20, 4, 1));
+  layout.add_where_free(segment(12, 20, 1, 5));
+  EXPECT_EQ(shown_by(layout, 19), NaiveLayout::Shown({1, 12}));
+  EXPECT_EQ(shown_by(layout, 20), NaiveLayout::Shown({1, 0}));
+  EXPECT_EQ(shown_by(layout, 24), std::nullopt);
+  layout.add_where_free(segment(22, 20, 1, 50));
+  EXPECT_EQ(shown_by(layout, 24), std::nullopt);
+}
+
+TEST(Layout, TheLastSegmentBeforeAnAddress) {
+  Layout layout;
+  EXPECT_EQ(layout.last_before(Address(9 * kPage)), nullptr);
+  layout.add(segment(10, 2, 1));
+  layout.add(segment(20, 2, 1));
+  EXPECT_EQ(layout.last_before(Address(9 * kPage)), nullptr);
+  EXPECT_EQ(layout.last_before(Address(12 * kPage))->memory, pages(10, 2));
+  EXPECT_EQ(layout.last_before(Address(40 * kPage))->memory, pages(20, 2));
 }
 
 }  // namespace

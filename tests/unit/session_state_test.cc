@@ -74,8 +74,8 @@ std::string text_of(SessionState& state) {
                                       region.page_size.shift())
                         : "none\n";
   for (const Segment& segment : state.layout().segments()) {
-    text += fmt::format("{:#x}+{:#x} {} {}:", segment.memory.start.value, segment.memory.length.value,
-                        segment.region, segment.first.value);
+    text += fmt::format("{:#x}+{:#x} {} {}{}:", segment.memory.start.value, segment.memory.length.value,
+                        segment.region, segment.first.value, segment.left_behind ? " left" : "");
     for (std::uint64_t i = 0; segment.region != kZeroRegion && i < segment.granules().count.value; ++i)
       text +=
           fmt::format("{}", static_cast<int>(state.table(segment.region).get(segment.first + PageCount(i))));
@@ -117,6 +117,11 @@ TEST_F(SessionStateTest, WhatIsTakenUpAfterAnyChangeIsWhatWasThere) {
       [&] { state_.table(1).set(PageIndex(31), PageState::poisoned); },
       [&] { ASSERT_TRUE(state_.erase(pages(4, 2))); },
       [&] { ASSERT_TRUE(state_.move(pages(104, 8), pages(300, 8).start)); },
+      [&] { ASSERT_TRUE(state_.settle(pages(105, 1).start, /*is_file=*/true)); },
+      [&] { ASSERT_TRUE(state_.map_again(pages(302, 1).start, pages(400, 1).start)); },
+      [&] { ASSERT_TRUE(state_.move(pages(300, 4), pages(600, 1).start)); },
+      [&] { ASSERT_TRUE(state_.settle(pages(300, 1).start, /*is_file=*/false)); },
+      [&] { ASSERT_TRUE(state_.erase(pages(302, 300))); },
       [&] { ASSERT_TRUE(state_.erase(pages(104, 8))); },
       [&] { ASSERT_TRUE(state_.erase(pages(0, 50))); },
       [&] { add(pages(500, 8), 4096); },
@@ -426,7 +431,8 @@ TEST_F(SessionStateTest, EveryByteIsWhereItsDocumentSays) {
 
   ASSERT_TRUE(state_.move(pages(0, 4), pages(600, 1).start));
   EXPECT_EQ(peek<std::uint32_t>(fd, kProgressAt), 0u);
-  EXPECT_EQ(peek<std::uint32_t>(fd, kLayoutsAt + 24), 0xffffffffu);  // what was left behind
+  EXPECT_EQ(peek<std::uint32_t>(fd, kLayoutsAt + 24), 0u);  // what was left behind
+  EXPECT_EQ(peek<std::uint16_t>(fd, kLayoutsAt + 30), 1u);
 }
 
 }  // namespace

@@ -314,6 +314,113 @@ TEST_F(SessionTest, MessagesAreReadOneInboxFullAStepWhileOthersWait) {
   EXPECT_TRUE(kernel_.messages.empty());
 }
 
+// ---- memory of a file -------------------------------------------------------------------------------------
+
+// Its pages are elsewhere in the client, or nowhere yet: what UFFDIO_CONTINUE says of memory that is no
+// file's.
+TEST_F(SessionTest, WhatAMoveLeavesBehindOfMemoryOfItsOwnIsZero) {
+  kernel_.refuse = [](const auto& call) { return call.request == abi::kIoctlContinue ? EINVAL : 0; };
+  kernel_.moved(pages(0, 8), pages(2000).start);
+  kernel_.fault(pages(3));
+  settle();
+  EXPECT_EQ(at(3), std::byte{0});
+  EXPECT_EQ(at(2003), std::nullopt);
+}
+
+TEST_F(SessionTest, WhatAMoveLeavesBehindOfAFileIsBroughtToWhereItIsRightInAnyCase) {
+  kernel_.refuse = [&](const auto& call) {
+    return call.request == abi::kIoctlContinue && at(2003) == std::nullopt ? EFAULT : 0;
+  };
+  kernel_.moved(pages(0, 8), pages(2000).start);
+  kernel_.fault(pages(3));
+  settle();
+  EXPECT_EQ(at(2003), tag_of(3));
+  // The file shows it here as well.
+  EXPECT_NE(at(3), std::nullopt);
+  EXPECT_EQ(kernel_.count(abi::kIoctlZeropage), 0u);
+  // From then on it is known to be the file's.
+  kernel_.fault(pages(6));
+  settle();
+  EXPECT_EQ(at(6), tag_of(6));
+}
+
+TEST_F(SessionTest, WhatAMoveLeavesBehindOfAFileWaitsForTheFetchOfThePage) {
+  store_->cached = false;
+  kernel_.refuse = [&](const auto& call) {
+    return call.request == abi::kIoctlContinue && at(2003) == std::nullopt ? EFAULT : 0;
+  };
+  kernel_.moved(pages(0, 8), pages(2000).start);
+  kernel_.fault(pages(2003));
+  kernel_.fault(pages(3));
+  settle();
+  ASSERT_EQ(host_.fetches.size(), 1u);
+  bring();
+  settle();
+  EXPECT_EQ(at(2003), tag_of(3));
+  EXPECT_NE(at(3), std::nullopt);
+  EXPECT_EQ(kernel_.count(abi::kIoctlZeropage), 0u);
+  EXPECT_EQ(counter(counters().pending), 0u);
+}
+
+TEST_F(SessionTest, WhatAMoveLeavesBehindOfAPrivateMappingOfAFileIsZeroOnceThePageIsElsewhere) {
+  kernel_.refuse = [](const auto& call) { return call.request == abi::kIoctlContinue ? EFAULT : 0; };
+  kernel_.moved(pages(0, 8), pages(2000).start);
+  kernel_.fault(pages(2003));
+  settle();
+  kernel_.fault(pages(3));
+  settle();
+  EXPECT_EQ(at(3), std::byte{0});
+}
+
+TEST_F(SessionTest, WhatAMoveLeavesBehindIsZeroWhenNobodyCanTellAnyMoreWhatItWas) {
+  kernel_.refuse = [](const auto& call) { return call.request == abi::kIoctlContinue ? EFAULT : 0; };
+  kernel_.moved(pages(0, 8), pages(2000).start);
+  kernel_.unmap(pages(2000, 8));
+  kernel_.fault(pages(3));
+  run_out();
+  EXPECT_EQ(at(3), std::byte{0});
+}
+
+TEST_F(SessionTest, WhatAMoveLeavesBehindOfAFileIsTheImageWhenAFetchCouldPutItNowhereElse) {
+  store_->cached = false;
+  kernel_.refuse = [](const auto& call) { return call.request == abi::kIoctlContinue ? EFAULT : 0; };
+  kernel_.moved(pages(0, 8), pages(2000).start);
+  // Without a word.
+  for (std::uint64_t page = 2000; page < 2008; ++page) kernel_.unmapped.insert(pages(page).start.value);
+  kernel_.fault(pages(3));
+  settle();
+  bring();
+  settle();
+  for (Session::Next next = settle(); host_.fetches.empty() && next.wake_at_ns != 0; next = settle())
+    host_.now = next.wake_at_ns;
+  bring();
+  settle();
+  EXPECT_EQ(at(3), tag_of(3));
+}
+
+TEST_F(SessionTest, ASecondMappingOfAFileShowsTheSamePages) {
+  kernel_.moved({pages(4).start, ByteCount(0)}, pages(3000).start);
+  kernel_.fault(pages(3002));
+  kernel_.fault(pages(9));
+  settle();
+  EXPECT_EQ(at(3002), tag_of(6));
+  EXPECT_EQ(at(9), tag_of(9));
+  kernel_.removed(pages(3010, 4));
+  kernel_.fault(pages(15));
+  settle();
+  EXPECT_EQ(at(15), std::byte{0});
+}
+
+TEST_F(SessionTest, AFilesMappingThatGrowsShowsTheImageAndOtherMemoryIsZero) {
+  for (const int answer : {EFAULT, EINVAL, ENOENT}) {
+    kernel_.refuse = [&](const auto& call) { return call.request == abi::kIoctlContinue ? answer : 0; };
+    kernel_.unmap(pages(500, 600));
+    kernel_.fault(pages(600));
+    settle();
+    EXPECT_EQ(at(600), answer == EFAULT ? tag_of(600) : std::byte{0}) << answer;
+  }
+}
+
 TEST_F(SessionTest, ZeroPagesAreMappedNotCopied) {
   store_->zeros = {4, 5, 7};
   kernel_.fault(pages(6));
@@ -799,6 +906,7 @@ TEST_F(UnderWayTest, WhatWasMovedMeanwhileArrivesAtItsNewPlace) {
 }
 
 TEST_F(UnderWayTest, WhatWasLeftBehindByAMoveIsZero) {
+  kernel_.refuse = [](const auto& call) { return call.request == abi::kIoctlContinue ? EINVAL : 0; };
   kernel_.moved(pages(4, 4), pages(3000).start);
   settle();
   bring();
