@@ -11,7 +11,7 @@
 namespace uffdkit {
 namespace {
 
-constexpr int kPopulateRunsPerStep = 8;             // likewise
+constexpr int kPopulateRunsPerStep = 1;             // then faults get their turn
 constexpr std::uint64_t kScannedPerRun = 1u << 16;  // page states looked at in search of one that is absent
 constexpr PageCount kPopulateGranules{64};          // 256 KiB: COPY gains nothing from longer runs
 
