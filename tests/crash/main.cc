@@ -29,6 +29,7 @@ struct Options {
   std::uint64_t kills = 0;
   std::uint64_t seed = 1;
   unsigned pause_ms = 40;
+  unsigned rest_us = 0;
   bool keepers = false;
 };
 
@@ -37,6 +38,12 @@ std::uint64_t percentile(std::vector<std::uint64_t>& values, double part) {
   const auto at = static_cast<std::size_t>(part * static_cast<double>(values.size() - 1));
   std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(at), values.end());
   return values[at];
+}
+
+void print_waits(const char* when, std::vector<std::uint64_t>& waits_us) {
+  const auto ms = [&](double part) { return static_cast<double>(percentile(waits_us, part)) / 1000; };
+  fmt::print("longest wait of a client {}: p50 {:.1f} ms, p99 {:.1f} ms, longest {:.1f} ms\n", when, ms(0.5),
+             ms(0.99), ms(1));
 }
 
 int run(const Options& options) {
@@ -61,24 +68,31 @@ int run(const Options& options) {
                    .socket = kind == Turmoil::Kind::native ? native : firecracker,
                    .image_name = "image",
                    .options = shared,
-                   .seed = random()});
+                   .seed = random(),
+                   .rest_us = options.rest_us});
   }
 
   const auto end = Clock::now() + std::chrono::duration_cast<Clock::duration>(
                                       std::chrono::duration<double, std::ratio<60>>(options.minutes));
+  // As long without a kill as with one, so that the two can be compared.
+  std::vector<std::uint64_t> quiet_us;
   std::vector<std::uint64_t> pauses_us;
+  const auto note = [&](std::vector<std::uint64_t>& waits_us) {
+    (void)clients.longest_us();
+    usleep(1000 * options.pause_ms);
+    for (const std::uint64_t us : clients.longest_us()) waits_us.push_back(us);
+  };
   std::uint64_t kills = 0;
   std::string hanging;
   while (hanging.empty() && Clock::now() < end && (options.kills == 0 || kills < options.kills)) {
-    usleep(static_cast<useconds_t>(1000 + random() % (2000 * options.pause_ms)));
+    usleep(static_cast<useconds_t>(random() % (1 + 1000 * options.pause_ms)));
+    note(quiet_us);
     const nlohmann::json status = manager.status();
     const bool keeper = options.keepers && random() % 4 == 0;
     const auto pid = status.at(keeper ? "keeper" : "worker").at("pid").get<pid_t>();
-    (void)clients.longest_us();
     ::kill(pid, SIGKILL);
     ++kills;
-    usleep(1000 * options.pause_ms);
-    for (const std::uint64_t us : clients.longest_us()) pauses_us.push_back(us);
+    note(pauses_us);
     hanging = clients.hanging();
   }
   const nlohmann::json status = manager.status();
@@ -87,10 +101,8 @@ int run(const Options& options) {
   fmt::print("kills {}, takeovers {}, steps {}, removes {}, moves {}, forks {}\n", kills,
              status.at("takeovers").get<std::uint64_t>(), counts.steps, counts.removes, counts.moves,
              counts.forks);
-  fmt::print("longest step of a client after a kill: p50 {:.1f} ms, p99 {:.1f} ms, longest {:.1f} ms\n",
-             static_cast<double>(percentile(pauses_us, 0.5)) / 1000,
-             static_cast<double>(percentile(pauses_us, 0.99)) / 1000,
-             static_cast<double>(percentile(pauses_us, 1)) / 1000);
+  print_waits("around a kill", pauses_us);
+  print_waits("at other times", quiet_us);
   fmt::print("clients that found something wrong or did not end: {}\n", failed);
   if (!hanging.empty()) fmt::print("{}\n", hanging);
   if (failed != 0) fmt::print("the manager's log:\n{}", manager.log());
@@ -108,6 +120,8 @@ int main(int argc, char** argv) {
   app.add_option("--clients", options.clients, "How many")->check(CLI::Range(1, 256))->capture_default_str();
   app.add_option("--pages", options.pages, "Pages of 4 KiB of each")->capture_default_str();
   app.add_option("--pause-ms", options.pause_ms, "Between kills, about")->capture_default_str();
+  app.add_option("--rest-us", options.rest_us, "How long a client rests between two steps, at most")
+      ->capture_default_str();
   app.add_option("--seed", options.seed, "Of all that is random")->capture_default_str();
   app.add_flag("--keepers", options.keepers, "Kill keepers, too");
   CLI11_PARSE(app, argc, argv);

@@ -47,17 +47,30 @@ struct Turmoil::Shared {
   std::atomic<std::uint64_t> moves;
   std::atomic<std::uint64_t> forks;
   std::atomic<std::int64_t> step_began_ns;  // 0: in none
+  std::atomic<std::int64_t> wait_began_ns;  // likewise of one touch or call
   std::atomic<std::uint64_t> longest_ns;
   std::atomic<bool> stop;
+
+  // Does what a manager may be needed for.
+  template <class Work>
+  auto timed(const Work& work) {
+    const std::int64_t began = now_ns();
+    wait_began_ns = began;
+    const auto result = work();
+    wait_began_ns = 0;
+    const auto took = static_cast<std::uint64_t>(now_ns() - began);
+    std::uint64_t longest = longest_ns;
+    while (took > longest && !longest_ns.compare_exchange_weak(longest, took)) {
+    }
+    return result;
+  }
 };
 
-namespace {
-
 // One process's memory, and what each page of it must hold.
-class Life {
+class Turmoil::Life {
  public:
-  Life(const Image& image, std::byte* memory, std::uint64_t seed)
-      : image_(image), memory_(memory), contents_(image.pages()), random_(seed) {}
+  Life(const Image& image, std::byte* memory, std::uint64_t seed, Shared& shared)
+      : image_(image), memory_(memory), shared_(shared), contents_(image.pages()), random_(seed) {}
 
   std::size_t random_page() { return random_() % contents_.size(); }
   std::uint64_t random(std::uint64_t below) { return random_() % below; }
@@ -71,7 +84,7 @@ class Life {
     contents_[page] = value;
   }
   void give_back(std::size_t first, std::size_t count) {
-    if (madvise(memory_ + first * 4096, count * 4096, MADV_DONTNEED) != 0)
+    if (shared_.timed([&] { return madvise(memory_ + first * 4096, count * 4096, MADV_DONTNEED); }) != 0)
       throw std::system_error(errno, std::generic_category(), "madvise");
     std::fill_n(contents_.begin() + static_cast<std::ptrdiff_t>(first), count,
                 std::optional<unsigned char>(0));
@@ -86,11 +99,12 @@ class Life {
   }
 
  private:
-  static void move(std::byte* from, std::byte* to, std::size_t bytes) {
-    if (mremap(from, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to) != to)
+  void move(std::byte* from, std::byte* to, std::size_t bytes) {
+    if (shared_.timed([&] { return mremap(from, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, to); }) != to)
       throw std::system_error(errno, std::generic_category(), "mremap");
   }
   void check_at(std::size_t page, const std::byte* at) const {
+    (void)shared_.timed([at] { return *const_cast<const volatile std::byte*>(at); });
     const std::span<const std::byte, 4096> bytes(at, 4096);
     const bool right = contents_[page]
                            ? std::all_of(bytes.begin(), bytes.end(),
@@ -101,13 +115,14 @@ class Life {
 
   const Image& image_;
   std::byte* const memory_;
+  Shared& shared_;
   std::vector<std::optional<unsigned char>> contents_;  // nothing: the image's
   std::mt19937_64 random_;
 };
 
 // Runs `work` in a process of its own; throws if it fails there.
-void in_process(const std::function<void()>& work) {
-  const pid_t pid = fork();
+void Turmoil::in_process(Shared& shared, const std::function<void()>& work) {
+  const pid_t pid = shared.timed([] { return fork(); });
   if (pid < 0) throw std::system_error(errno, std::generic_category(), "fork");
   if (pid == 0) {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -127,8 +142,6 @@ void in_process(const std::function<void()>& work) {
     throw std::runtime_error("process " + std::to_string(pid) + " ended with status " +
                              std::to_string(status));
 }
-
-}  // namespace
 
 std::string Turmoil::lack(Kind kind) {
   if (const std::string lacking = clients_lack(); !lacking.empty()) return lacking;
@@ -168,21 +181,16 @@ void Turmoil::run(const Image& image, const Setting& setting, Shared& shared) {
   std::mt19937_64 random(setting.seed);
   for (std::size_t life = 0; !shared.stop && (setting.lives == 0 || life < setting.lives); ++life) {
     const std::uint64_t seed = random();
-    in_process([&] { live(image, setting, seed, shared); });
+    in_process(shared, [&] { live(image, setting, seed, shared); });
   }
 }
 
 void Turmoil::live(const Image& image, const Setting& setting, std::uint64_t seed, Shared& shared) {
   const auto step = [&](const std::function<void()>& work) {
-    const std::int64_t began = now_ns();
-    shared.step_began_ns = began;
+    shared.step_began_ns = now_ns();
     alarm(kHangSeconds);
     work();
     shared.step_began_ns = 0;
-    const auto took = static_cast<std::uint64_t>(now_ns() - began);
-    std::uint64_t longest = shared.longest_ns;
-    while (took > longest && !shared.longest_ns.compare_exchange_weak(longest, took)) {
-    }
     ++shared.steps;
   };
 
@@ -192,9 +200,12 @@ void Turmoil::live(const Image& image, const Setting& setting, std::uint64_t see
   std::byte* memory = nullptr;
   if (setting.kind == Kind::native) {
     step([&] {
-      Result<RemoteMapping> attached = attach(setting.socket, setting.image_name, setting.options);
-      if (!attached) throw std::runtime_error(attached.error().text());
-      native.emplace(std::move(*attached));
+      (void)shared.timed([&] {
+        Result<RemoteMapping> made = attach(setting.socket, setting.image_name, setting.options);
+        if (!made) throw std::runtime_error(made.error().text());
+        native.emplace(std::move(*made));
+        return true;
+      });
     });
     memory = native->data();
   } else {
@@ -214,7 +225,7 @@ void Turmoil::live(const Image& image, const Setting& setting, std::uint64_t see
     send_with_fds(connection.get(), handshake.dump(), {&fd, 1});
   }
 
-  Life life(image, memory, seed);
+  Life life(image, memory, seed, shared);
   const bool moves = setting.kind != Kind::firecracker;
   for (std::uint64_t i = 0; i < setting.steps && !shared.stop; ++i) {
     step([&] {
@@ -233,7 +244,7 @@ void Turmoil::live(const Image& image, const Setting& setting, std::uint64_t see
         life.move_and_back(page / kBlock * kBlock, std::min(kBlock, image.pages() - page / kBlock * kBlock));
         ++shared.moves;
       } else if (setting.kind == Kind::forking && kind >= 98) {
-        in_process([&] {
+        in_process(shared, [&] {
           for (std::size_t j = 0; j < kForkSteps; ++j) {
             life.check(life.random_page());
             if (j % 8 == 3) life.write(life.random_page());
@@ -243,6 +254,7 @@ void Turmoil::live(const Image& image, const Setting& setting, std::uint64_t see
         ++shared.forks;
       }
     });
+    if (setting.rest_us > 0) usleep(static_cast<useconds_t>(life.random(setting.rest_us)));
   }
 }
 
@@ -271,7 +283,7 @@ std::vector<std::uint64_t> Turmoil::longest_us() const {
   std::vector<std::uint64_t> all;
   for (std::size_t i = 0; i < clients_.size(); ++i) {
     std::uint64_t longest = shared(i).longest_ns.exchange(0);
-    const std::int64_t began = shared(i).step_began_ns;
+    const std::int64_t began = shared(i).wait_began_ns;
     if (began != 0) longest = std::max(longest, static_cast<std::uint64_t>(now_ns() - began));
     all.push_back(longest / 1000);
   }

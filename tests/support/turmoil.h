@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -34,6 +35,7 @@ class Turmoil {
     // A client is one process after the other, each of which hands its memory over anew.
     std::uint64_t steps = 1500;  // of one process
     std::size_t lives = 0;       // processes; 0: until stop()
+    unsigned rest_us = 0;        // between two steps, at most
   };
   struct Counts {
     std::uint64_t steps = 0;  // touches, writes, and so on
@@ -54,7 +56,8 @@ class Turmoil {
   Counts counts() const;
   // Empty, or which of them has not made a step for kHangSeconds.
   std::string hanging() const;
-  // The longest step of each since the last call, in microseconds; one that is in a step counts with that.
+  // The longest touch or call of each since the last time this was asked, in microseconds; one that is in one
+  // counts with that.
   std::vector<std::uint64_t> longest_us() const;
   // Has them end, and waits for it. Returns how many found something wrong or did not end.
   std::size_t stop();
@@ -64,6 +67,8 @@ class Turmoil {
  private:
   // Of one client, in memory that it shares with the test.
   struct Shared;
+  class Life;
+  static void in_process(Shared& shared, const std::function<void()>& work);
   static void run(const Image& image, const Setting& setting, Shared& shared);
   static void live(const Image& image, const Setting& setting, std::uint64_t seed, Shared& shared);
   Shared& shared(std::size_t client) const;
