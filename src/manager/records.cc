@@ -246,9 +246,10 @@ Result<void> Records::add(const Session& session, std::shared_ptr<StoreLane> lan
                   .uid = session.uid,
                   .acknowledged = session.acknowledged,
                   .shares = session.shares};
+  // First, so that no later worker gives its number to another.
+  if (shared_->last_session < session.id) shared_->last_session = session.id;
   publish(table[index].valid, 1);
   sessions_[session.id] = {.index = index, .lane = std::move(lane), .memory = std::move(memory)};
-  if (shared_->last_session < session.id) shared_->last_session = session.id;
   return {};
 }
 

@@ -7,9 +7,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <cstring>
 #include <functional>
+#include <string>
 #include <vector>
+
+#include "support/cut_stores.h"
 
 namespace uffdkit {
 namespace {
@@ -381,6 +386,72 @@ TEST_F(SessionStateTest, ACloneHasNoMessages) {
   const SessionState clone = state_.clone().value();
   EXPECT_EQ(clone.inbox()[0].event, 0);
   EXPECT_EQ(clone.unapplied(), 0u);
+}
+
+// What would be found by whoever takes the session up.
+std::string layout_text_of(SessionState& state) {
+  const std::string text = text_of(state);
+  return text.substr(std::min(text.find("0x"), text.size()));
+}
+
+TEST_F(SessionStateTest, CutOffAtAnyStoreItHasTheLayoutOfBeforeOrAfterTheChange) {
+  if (const std::string lacking = test::stores_cannot_be_cut(); !lacking.empty()) GTEST_SKIP() << lacking;
+  const std::vector<std::function<void()>> changes = {
+      [&] { add(pages(0, 16)); },
+      [&] { add(pages(100, 32), 8192); },
+      [&] { (void)state_.erase(pages(4, 2)); },
+      [&] { (void)state_.move(pages(104, 8), pages(300, 8).start); },
+      [&] { (void)state_.erase(pages(0, 50)); },
+      [&] { add(pages(500, 8), 4096); },
+      [&] { add(pages(1024, 1024), 0, kPage2M); },
+      [&] { (void)state_.erase(pages(0, 4096)); },
+  };
+  for (std::size_t i = 0; i < changes.size(); ++i) {
+    const std::string before = layout_text_of(state_);
+    std::vector<UniqueFd> cuts;
+    test::after_each_store(test::mapping_of(state_.fd()), changes[i],
+                           [&] { cuts.push_back(copy_of(state_.fd())); });
+    const std::string after = layout_text_of(state_);
+    EXPECT_GT(cuts.size(), 1u);
+    bool changed = false;
+    for (UniqueFd& cut : cuts) {
+      Result<SessionState> opened = SessionState::open(std::move(cut));
+      ASSERT_TRUE(opened) << "change " << i << ": " << opened.error().message();
+      const std::string found = layout_text_of(*opened);
+      changed = changed || found != before;
+      EXPECT_EQ(found, changed ? after : before) << "change " << i;
+    }
+    EXPECT_TRUE(changed) << "change " << i;
+  }
+}
+
+TEST_F(SessionStateTest, CutOffAtAnyStoreEachMessageIsAppliedOnceByItOrItsSuccessor) {
+  if (const std::string lacking = test::stores_cannot_be_cut(); !lacking.empty()) GTEST_SKIP() << lacking;
+  add(pages(0, 16));
+  // There and back and there again: what is applied twice, or not at all, is found elsewhere.
+  const std::array<AddressRange, 4> places = {pages(0, 16), pages(100, 16), pages(0, 16), pages(200, 16)};
+  const auto apply_from = [&](SessionState& state, std::size_t first) {
+    const std::span<const abi::Msg> inbox = state.inbox();
+    for (std::size_t i = first; i < inbox.size() && inbox[i].event != 0; ++i) {
+      state.applying(i);
+      (void)state.move(places[i], places[i + 1].start);
+      state.applied();
+    }
+    (void)state.empty_inbox();
+  };
+  const std::span<abi::Msg> slots = state_.empty_inbox();
+  for (std::size_t i = 0; i + 1 < places.size(); ++i) slots[i].event = abi::kEventRemap;
+  std::vector<UniqueFd> cuts;
+  test::after_each_store(
+      test::mapping_of(state_.fd()), [&] { apply_from(state_, 0); },
+      [&] { cuts.push_back(copy_of(state_.fd())); });
+  const std::string after = layout_text_of(state_);
+  EXPECT_GT(cuts.size(), places.size());
+  for (UniqueFd& cut : cuts) {
+    SessionState successor = SessionState::open(std::move(cut)).value();
+    apply_from(successor, successor.unapplied());
+    EXPECT_EQ(layout_text_of(successor), after);
+  }
 }
 
 TEST_F(SessionStateTest, EveryByteIsWhereItsDocumentSays) {
