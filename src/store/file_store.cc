@@ -2,6 +2,8 @@
 // thread that may block.
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <pthread.h>
+#include <signal.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <uffdkit/signal_safe_store.h>
@@ -13,24 +15,30 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <stop_token>
+#include <system_error>
+#include <thread>
+#include <utility>
 #include <vector>
 
 namespace uffdkit {
 namespace {
 
-// The holes of a file, found once when it is opened. A file may have more holes than anybody wants to keep:
-// what lies beyond the limit counts as data, and is read and found to be zero.
+// The holes of a file, as it had them when it was opened. What is not known to be a hole counts as data, and
+// is read and found to be zero: so it is no matter that a file may have more holes than anybody wants to
+// keep, or wait for.
 class HoleMap {
  public:
   static constexpr std::size_t kHolesMax = 1u << 20;  // 16 MiB of map
 
-  static HoleMap of(int fd, std::uint64_t file_bytes, std::uint64_t store_bytes) {
-    HoleMap map;
-    // The position is shared with whoever gave the descriptor.
+  // Goes on from where it has come to, until it has so many holes. False: there is no more to find. `fd` may
+  // be shared with whoever gave the descriptor, its position too.
+  bool find(int fd, std::uint64_t file_bytes, std::uint64_t store_bytes, std::size_t holes_max,
+            const std::stop_token& stop = {}) {
     const off_t before = ::lseek(fd, 0, SEEK_CUR);
-    map.find(fd, file_bytes, store_bytes);
+    const bool more = go_on(fd, file_bytes, store_bytes, holes_max, stop);
     (void)::lseek(fd, before, SEEK_SET);
-    return map;
+    return more;
   }
 
   Extent at(std::uint64_t from, std::uint64_t store_bytes) const {
@@ -48,19 +56,21 @@ class HoleMap {
     std::uint64_t end;
   };
 
-  void find(int fd, std::uint64_t file_bytes, std::uint64_t store_bytes) {
-    std::uint64_t position = 0;
-    while (position < file_bytes && holes_.size() < kHolesMax) {
-      const off_t data = ::lseek(fd, static_cast<off_t>(position), SEEK_DATA);
+  bool go_on(int fd, std::uint64_t file_bytes, std::uint64_t store_bytes, std::size_t holes_max,
+             const std::stop_token& stop) {
+    while (position_ < file_bytes && !stop.stop_requested()) {
+      if (holes_.size() >= holes_max) return true;
+      const off_t data = ::lseek(fd, static_cast<off_t>(position_), SEEK_DATA);
       // ENXIO: no data from here on. Any other error: the file system cannot tell, so all is data.
-      if (data < 0 && errno != ENXIO) return;
+      if (data < 0 && errno != ENXIO) return false;
       const std::uint64_t hole_end = data < 0 ? store_bytes : static_cast<std::uint64_t>(data);
-      add(position, hole_end);
-      if (data < 0) return;
+      add(position_, hole_end);
+      if (data < 0) return false;
       const off_t hole = ::lseek(fd, data, SEEK_HOLE);
-      if (hole < 0) return;
-      position = static_cast<std::uint64_t>(hole);
+      if (hole < 0) return false;
+      position_ = static_cast<std::uint64_t>(hole);
     }
+    return false;
   }
 
   // Keeps the whole pages of a hole.
@@ -71,6 +81,47 @@ class HoleMap {
   }
 
   std::vector<Hole> holes_;
+  std::uint64_t position_ = 0;
+};
+
+// The first holes of a file at once, and the others by a thread, for whose sake nobody waits: a manager that
+// takes over opens images of gigabytes, with clients that are stopped meanwhile.
+class HoleFinder {
+ public:
+  static constexpr std::size_t kHolesAtOnce = 1024;  // about a millisecond
+
+  HoleFinder(int fd, std::uint64_t file_bytes, std::uint64_t store_bytes) : store_bytes_(store_bytes) {
+    if (!first_.find(fd, file_bytes, store_bytes, kHolesAtOnce)) return;
+    // With a position of its own.
+    UniqueFd own(::open(fmt::format("/proc/self/fd/{}", fd).c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+    if (!own) return;
+    // Handlers of signals are for threads of the program's own.
+    sigset_t all;
+    sigset_t before;
+    ::sigfillset(&all);
+    ::pthread_sigmask(SIG_SETMASK, &all, &before);
+    try {
+      finder_ = std::jthread([this, file_bytes, file = std::move(own)](const std::stop_token& stop) {
+        all_ = first_;
+        (void)all_.find(file.get(), file_bytes, store_bytes_, HoleMap::kHolesMax, stop);
+        found_.store(&all_, std::memory_order_release);
+      });
+    } catch (const std::system_error&) {
+      // Without a thread the rest counts as data.
+    }
+    ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  }
+
+  Extent at(std::uint64_t from) const {
+    return found_.load(std::memory_order_acquire)->at(from, store_bytes_);
+  }
+
+ private:
+  const std::uint64_t store_bytes_;
+  HoleMap first_;
+  HoleMap all_;  // the thread's, until it is found_
+  std::atomic<const HoleMap*> found_{&first_};
+  std::jthread finder_;  // last: it uses the others
 };
 
 class FileStore final : public Store, public SignalSafeStore {
@@ -80,11 +131,11 @@ class FileStore final : public Store, public SignalSafeStore {
         name_(std::move(name)),
         file_bytes_(file_bytes),
         store_bytes_(kPage4K.round_down(file_bytes + 4095)),
-        holes_(HoleMap::of(fd_.get(), file_bytes_, store_bytes_)) {}
+        holes_(fd_.get(), file_bytes_, store_bytes_) {}
 
   ByteCount size() const noexcept override { return ByteCount(store_bytes_); }
   std::string name() const override { return name_; }
-  Extent extent_at(StoreOffset from) const noexcept override { return holes_.at(from.value, store_bytes_); }
+  Extent extent_at(StoreOffset from) const noexcept override { return holes_.at(from.value); }
 
   Result<ReadStatus> read(StoreOffset from, std::span<std::byte> to, Wait wait) noexcept override {
     const std::span<std::byte> stored = zero_beyond_the_end(from, to);
@@ -154,7 +205,7 @@ class FileStore final : public Store, public SignalSafeStore {
   const std::string name_;
   const std::uint64_t file_bytes_;
   const std::uint64_t store_bytes_;
-  const HoleMap holes_;
+  const HoleFinder holes_;
   // Cleared for good where the file system refuses RWF_NOWAIT.
   std::atomic<bool> reads_without_waiting_{true};
 };

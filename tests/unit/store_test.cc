@@ -7,7 +7,9 @@
 #include <unistd.h>
 
 #include <array>
+#include <chrono>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "engine/fetch.h"
@@ -65,6 +67,21 @@ class FileStoreTest : public testing::Test {
   const std::string path_;
   UniqueFd fd_;
 };
+
+TEST_F(FileStoreTest, OfMoreHolesThanAreLookedForAtOnceTheOthersAreFoundLater) {
+  constexpr std::uint64_t kHoles = 3000;
+  for (std::uint64_t i = 0; i < kHoles; ++i) write(2 * i * kPage, kPage, 1);
+  ASSERT_EQ(::ftruncate(fd_.get(), static_cast<off_t>(2 * kHoles * kPage)), 0);
+  const auto store = open();
+  const auto is_hole = [&](std::uint64_t i) {
+    return store->extent_at(StoreOffset((2 * i + 1) * kPage)).zero;
+  };
+  if (!is_hole(0)) GTEST_SKIP() << "needs a file system that tells where holes are";
+  const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  while (!is_hole(kHoles - 1) && std::chrono::steady_clock::now() < give_up) std::this_thread::yield();
+  for (std::uint64_t i = 0; i < kHoles; ++i) EXPECT_TRUE(is_hole(i)) << i;
+  EXPECT_FALSE(store->extent_at(StoreOffset(2 * (kHoles - 1) * kPage)).zero);
+}
 
 TEST_F(FileStoreTest, HolesAreKnownWithoutBeingRead) {
   constexpr std::uint64_t kHole = 1u << 20;
