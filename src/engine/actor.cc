@@ -179,6 +179,11 @@ bool Actor::gives_way() {
 void Actor::prepare() {
   turn_ns_ = monotonic_ns();
   take_mail();
+  begin_children();
+}
+
+void Actor::begin_children() {
+  for (const SessionId child : std::exchange(children_, {})) scheduler_.begin(child);
 }
 
 void Actor::stop() {
@@ -218,6 +223,7 @@ void Actor::run_commands() {
   take_mail();
   const std::uint64_t events = session_.counters().events.load(std::memory_order_relaxed);
   Session::Next next = session_.step();
+  if (!children_.empty()) begin_children();
   reads_ = next.reads;
   if (commands_at_ns_ != 0 && (next.wake_at_ns == 0 || commands_at_ns_ < next.wake_at_ns))
     next.wake_at_ns = commands_at_ns_;

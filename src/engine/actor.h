@@ -47,8 +47,10 @@ class ActorScheduler {
   virtual bool look_again(std::int64_t last_fault_ns) = 0;
   // The session has ended: nothing more will be run.
   virtual void ended(SessionId session) = 0;
-  // The client of `parent` has forked.
-  virtual void forked(SessionId parent, ForkedSession child) = 0;
+  // The client of `parent` has forked: `child` is served from now on, and run from begin() on. Returns its
+  // number.
+  virtual SessionId forked(SessionId parent, ForkedSession child) = 0;
+  virtual void begin(SessionId child) = 0;
 };
 
 class Actor final : public SessionHost, public FetchSink, public std::enable_shared_from_this<Actor> {
@@ -64,6 +66,10 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
 
   // Runs what was posted, before anybody else can run it; no fault is read yet.
   void prepare();
+  // Lets nobody run it before begin().
+  void hold() { run_state_.store(RunState::running); }
+  // The caller schedules.
+  void begin() { run_state_.store(RunState::idle); }
   // Ends the session as abandoned, and lets nothing more in: afterwards neither scheduler nor listener is
   // called. Only when nobody runs it or will run it.
   void stop();
@@ -99,6 +105,9 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   bool leaves_to_others(std::int64_t now_ns);
   bool is_to_rest(std::int64_t now_ns);
   FairShare::Told told() const;
+  // Has the children run whose forks have been applied. A child that ended before would leave its
+  // descriptor's number to somebody else, and the message in the inbox would name that.
+  void begin_children();
   // False if nobody knows its process.
   bool signal_client(int number);
 
@@ -111,7 +120,7 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   bool stop_client() override { return signal_client(SIGSTOP); }
   void continue_client() override { signal_client(SIGCONT); }
   void forked(std::unique_ptr<ForkedSession> session) override {
-    scheduler_.forked(id_, std::move(*session));
+    children_.push_back(scheduler_.forked(id_, std::move(*session)));
   }
   void detach_failed(const Error& error) override { listener_.detach_failed(id_, error); }
   void page_failed(const Error& error) override { listener_.page_failed(id_, error); }
@@ -137,8 +146,9 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   unsigned spins_left_out_ = 0;
   unsigned early_misses_ = 0;  // looks in a row, straight after an answer, that found no fault
   unsigned early_left_out_ = 0;
-  bool reads_ = true;            // see Session::Next
-  std::int64_t wake_at_ns_ = 0;  // the time that was last asked of the scheduler
+  std::vector<SessionId> children_;  // of forks that are being applied
+  bool reads_ = true;                // see Session::Next
+  std::int64_t wake_at_ns_ = 0;      // the time that was last asked of the scheduler
   std::deque<Command> commands_taken_;
   std::int64_t commands_at_ns_ = 0;  // when the first of them is tried again
 

@@ -107,7 +107,8 @@ class Engine::Shared final : public ActorScheduler {
   bool give_way() override;
   bool look_again(std::int64_t last_fault_ns) override;
   void ended(SessionId session) override;
-  void forked(SessionId parent, ForkedSession child) override;
+  SessionId forked(SessionId parent, ForkedSession child) override;
+  void begin(SessionId child) override;
 
  private:
   Result<void> admit(SessionId id, const std::shared_ptr<Actor>& actor);
@@ -504,7 +505,7 @@ Result<void> Engine::Shared::admit(SessionId id, const std::shared_ptr<Actor>& a
   return {};
 }
 
-void Engine::Shared::forked(SessionId parent, ForkedSession child) {
+SessionId Engine::Shared::forked(SessionId parent, ForkedSession child) {
   const SessionId id = next_session();
   auto actor =
       std::make_shared<Actor>(id, parent, std::move(child.uffd), std::move(child.state),
@@ -516,14 +517,22 @@ void Engine::Shared::forked(SessionId parent, ForkedSession child) {
     return true;
   });
   actor->prepare();
+  actor->hold();
   {
     const std::lock_guard lock(sessions_mutex_);
     sessions_.emplace(id, actor);
   }
   // Whoever hears of it may ask something of it at once; nobody else runs it yet, so its end comes later.
   listener_.session_forked(actor->status(), {.uffd = actor->uffd(), .state_file = actor->state_file()});
+  return id;
+}
+
+void Engine::Shared::begin(SessionId child) {
+  const std::shared_ptr<Actor> actor = find(child);
+  if (!actor) return;
+  actor->begin();
   // Its first run arms its descriptor.
-  schedule(id);
+  schedule(child);
 }
 
 template <class T>

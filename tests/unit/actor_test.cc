@@ -1,5 +1,6 @@
 #include "engine/actor.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -10,6 +11,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "base/clock.h"
@@ -41,7 +43,13 @@ class FakeScheduler final : public ActorScheduler {
   bool give_way() override { return on_look(); }
   bool look_again(std::int64_t) override { return on_look(); }
   void ended(SessionId) override { ++ended_calls; }
-  void forked(SessionId, ForkedSession) override {}
+  std::function<void(ForkedSession)> on_fork = [](ForkedSession) {};
+  std::function<void()> on_begin = [] {};
+  SessionId forked(SessionId, ForkedSession child) override {
+    on_fork(std::move(child));
+    return 2;
+  }
+  void begin(SessionId) override { on_begin(); }
 };
 
 class FakeListener final : public EngineListener {
@@ -94,8 +102,16 @@ class QuietSystemCalls final : public test::ScriptedSystemCalls {
  public:
   std::uint64_t faults = 0;
   std::uint64_t empty_reads = 0;
+  int child = -1;  // of a fork, told once
 
   std::ptrdiff_t read(int, void* buffer, std::size_t) override {
+    if (child >= 0) {
+      abi::Msg message{};
+      message.event = abi::kEventFork;
+      message.arg.fork.ufd = static_cast<std::uint32_t>(std::exchange(child, -1));
+      std::memcpy(buffer, &message, sizeof message);
+      return sizeof message;
+    }
     if (faults == 0) {
       ++empty_reads;
       return -EAGAIN;
@@ -125,6 +141,35 @@ class ActorTest : public testing::Test {
   std::vector<std::byte> scratch_ = std::vector<std::byte>(kFetchGranulesMax * 4096);
   std::shared_ptr<Actor> actor_;
 };
+
+TEST_F(ActorTest, AChildBeginsWhenItsForkCountsAsApplied) {
+  std::vector<ForkedSession> children;
+  std::vector<std::size_t> applied;
+  const auto applied_messages = [&] {
+    UniqueFd file(::fcntl(actor_->state_file(), F_DUPFD_CLOEXEC, 0));
+    return SessionState::open(std::move(file)).value().unapplied();
+  };
+  scheduler_.on_fork = [&](ForkedSession child) {
+    EXPECT_EQ(applied_messages(), 0u);
+    children.push_back(std::move(child));
+  };
+  scheduler_.on_begin = [&] { applied.push_back(applied_messages()); };
+  calls_.child = calls_.make_descriptor();
+  run();
+  EXPECT_EQ(children.size(), 1u);
+  // Else one that ends at once would leave the number of its descriptor to somebody else, and a successor
+  // would take that for the child's.
+  EXPECT_EQ(applied, (std::vector<std::size_t>{1}));
+}
+
+TEST_F(ActorTest, OneThatIsHeldIsNotRunBeforeItBegins) {
+  actor_->hold();
+  run();
+  EXPECT_EQ(scheduler_.armed, 0);
+  actor_->begin();
+  run();
+  EXPECT_EQ(scheduler_.armed, 1);
+}
 
 TEST_F(ActorTest, ArmsOnceForEachEvent) {
   run();
