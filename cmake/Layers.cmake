@@ -39,18 +39,28 @@ endfunction()
 # tool(NAME LAYERS...): the command line, from src/tool, with those of its layers that the library leaves out.
 function(tool name)
   file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/src/tool/*.cc)
-  add_executable(${name} ${sources})
-  target_include_directories(${name} PRIVATE ${CMAKE_SOURCE_DIR}/src)
-  target_compile_definitions(${name} PRIVATE UFFDKIT_VERSION="${PROJECT_VERSION}")
-  target_link_libraries(${name} PRIVATE uffdkit_settings libuffdkit nlohmann_json::nlohmann_json CLI11::CLI11
-                                        PkgConfig::SYSTEMD PkgConfig::COMPRESSION
-                                        PkgConfig::SECCOMP)
+  add_library(tool_objects OBJECT ${sources})
+  target_include_directories(tool_objects PRIVATE ${CMAKE_SOURCE_DIR}/src)
+  target_compile_definitions(tool_objects PRIVATE UFFDKIT_VERSION="${PROJECT_VERSION}")
+  target_link_libraries(tool_objects PRIVATE uffdkit_settings
+                                     PUBLIC libuffdkit nlohmann_json::nlohmann_json CLI11::CLI11
+                                            PkgConfig::SYSTEMD PkgConfig::COMPRESSION PkgConfig::SECCOMP)
+  set_property(GLOBAL PROPERTY UFFDKIT_TOOL_LAYERS ${ARGN})
+  tool_program(${name})
+  string(REPLACE ";" " " below_text "${ARGN}")
+  file(APPEND ${UFFDKIT_LAYERS_FILE} "tool: ${below_text}\n")
+endfunction()
+
+# tool_program(NAME SOURCES...): the same command line under another name. What the sources define takes the place of
+# what the library has of it.
+function(tool_program name)
+  add_executable(${name} ${ARGN})
+  target_link_libraries(${name} PRIVATE uffdkit_settings tool_objects)
+  get_property(layers GLOBAL PROPERTY UFFDKIT_TOOL_LAYERS)
   get_property(in_library GLOBAL PROPERTY UFFDKIT_LIBRARY_LAYERS)
-  foreach(part ${ARGN})
+  foreach(part ${layers})
     if(NOT part IN_LIST in_library)
       target_sources(${name} PRIVATE $<TARGET_OBJECTS:layer_${part}>)
     endif()
   endforeach()
-  string(REPLACE ";" " " below_text "${ARGN}")
-  file(APPEND ${UFFDKIT_LAYERS_FILE} "tool: ${below_text}\n")
 endfunction()

@@ -26,6 +26,7 @@
 #include <utility>
 
 #include "base/clock.h"
+#include "base/step.h"
 #include "engine/actor.h"
 #include "engine/signals_blocked.h"
 
@@ -477,6 +478,7 @@ Result<SessionId> Engine::Shared::attach(Attachment attachment) {
   });
   actor->prepare();
   if (refused) return Failure(*std::move(refused));
+  step();
   if (attachment.begins)
     if (auto begun = attachment.begins(id); !begun) return Failure(std::move(begun).error());
   if (auto admitted = admit(id, actor); !admitted) return Failure(std::move(admitted).error());
@@ -523,6 +525,7 @@ SessionId Engine::Shared::forked(SessionId parent, ForkedSession child) {
     sessions_.emplace(id, actor);
   }
   // Whoever hears of it may ask something of it at once; nobody else runs it yet, so its end comes later.
+  step();
   listener_.session_forked(actor->status(), {.uffd = actor->uffd(), .state_file = actor->state_file()});
   return id;
 }

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/step.h"
 #include "engine/session_detail.h"
 #include "kernel/huge_page_pool.h"
 
@@ -194,6 +195,7 @@ PendingWhy Session::why(const Pending& pending) {
     // Whoever caused an event goes on when it has been read: from then on it must not be forgotten.
     const std::span<abi::Msg> messages = state_.empty_inbox();
     const ReadOutcome read = uffd_.read(messages);
+    uffdkit::step();
     if (read.os_error == EMFILE || read.os_error == ENFILE) {
       // A fork message needs a descriptor; it stays until there is one.
       host_.warn("a fork cannot be followed: no free file descriptor (raise LimitNOFILE=)");
@@ -216,7 +218,9 @@ PendingWhy Session::why(const Pending& pending) {
       const Message message = decode(raw);
       state_.applying(i);
       changed += apply(message, raw.event);
+      uffdkit::step();
       state_.applied();
+      uffdkit::step();
     }
     // The kernel gives as many as wait and fit.
     if (read.messages < messages.size()) return true;
@@ -309,6 +313,7 @@ void Session::apply_inbox(const std::function<bool(int)>& may_adopt) {
     const auto* forked = std::get_if<ForkEvent>(&message);
     state_.applying(i);
     if (forked == nullptr || may_adopt(forked->child_fd)) apply(message, raw.event);
+    uffdkit::step();
     state_.applied();
   }
   (void)state_.empty_inbox();

@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/step.h"
 
 namespace uffdkit {
 namespace {
@@ -147,6 +148,7 @@ Result<SessionState> SessionState::create(const std::string& image) {
   if (!head) return Failure(head.error());
 
   FileHeader& fields = header(*head);
+  step();
   fields.tables_end = kTablesAt;
   fields.image_bytes = static_cast<std::uint32_t>(image.size());
   std::memcpy(fields.image.data(), image.data(), image.size());
@@ -337,8 +339,10 @@ Result<RegionId> SessionState::add_region(AddressRange memory, StoreOffset offse
   const std::uint64_t table_bytes = table_file_bytes(memory.length);
   if (::ftruncate(file_.get(), static_cast<off_t>(table + table_bytes)) < 0)
     return Failure(Error::from_errno("extend the session state file", errno));
+  step();
   tables_end_ = table + table_bytes;
   fields.tables_end = tables_end_;
+  step();
 
   FileRegion& record = region_records(head_)[id];
   record = {.length = memory.length.value,
@@ -359,7 +363,9 @@ Result<RegionId> SessionState::add_region(AddressRange memory, StoreOffset offse
     regions_[id] = RegionRecord();
     return Failure(std::move(mapped).error());
   }
+  step();
   publish(record.live, std::uint32_t{1});
+  step();
   publish(fields.region_count, static_cast<std::uint32_t>(regions_.size()));
 
   layout_.add({.memory = memory, .region = id, .page_size = page_size, .first = PageIndex(0)});
@@ -431,9 +437,12 @@ Result<void> SessionState::publish_layout() {
                .region = segment.region,
                .page_shift = static_cast<std::uint16_t>(segment.page_size.shift()),
                .left_behind = segment.left_behind};
+  step();
   fields.segment_count[spare] = static_cast<std::uint32_t>(segments.size());
+  step();
   active_layout_ = spare;
   publish_progress();
+  step();
   return {};
 }
 
@@ -451,7 +460,10 @@ void SessionState::publish_progress() {
   while (filled < kInboxMessages && slots[filled].event != 0) ++filled;
   // From the last on: cut off here, the messages still end at the first empty slot. The events that are left
   // count as applied still.
-  while (filled > 0) publish(slots[--filled].event, std::uint8_t{0});
+  while (filled > 0) {
+    publish(slots[--filled].event, std::uint8_t{0});
+    step();
+  }
   if (unapplied_ != 0) {
     unapplied_ = 0;
     publish_progress();
@@ -482,6 +494,7 @@ void SessionState::drop_regions_without_segments() {
   for (RegionId id = 0; id < regions_.size(); ++id) {
     if (used[id] || !regions_[id].live) continue;
     publish(region_records(head_)[id].live, std::uint32_t{0});
+    step();
     // Frees memory early; if it fails, the session's end frees it.
     (void)::fallocate(file_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                       static_cast<off_t>(table_at_[id]), static_cast<off_t>(table_memory_[id].size()));

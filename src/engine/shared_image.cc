@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/step.h"
 #include "kernel/shmem_huge_pages.h"
 
 namespace uffdkit {
@@ -141,6 +142,7 @@ SharedImage::Filled SharedImage::fill(PageRange pages, std::span<std::byte> scra
       bytes = buffer;
     }
     const int os_error = write(gap, bytes);
+    step();
     finish(job, os_error == 0 ? gap : PageRange{gap.first, PageCount(0)}, nullptr);
     if (os_error != 0) return {.fill = Fill::no_memory, .read = filled.read};
   }

@@ -7,6 +7,8 @@
 #include <nlohmann/json.hpp>
 #include <utility>
 
+#include "base/step.h"
+
 namespace uffdkit {
 namespace {
 
@@ -83,6 +85,7 @@ void FirecrackerConnection::ready() {
     Result<Piece> piece = peek_some(socket_.get(), buffer);
     if (!piece) return refuse(piece.error());
     if (piece->bytes.empty() && !piece->end) return;
+    step();
     peeked_ += piece->bytes.size();
     if (peeked_ > kPeekedBytesMax) drop_peeked(socket_.get(), std::exchange(peeked_, 0));
     Result<std::optional<FirecrackerHandshake>> handshake = decoder_.feed(std::move(*piece));
@@ -95,6 +98,7 @@ void FirecrackerConnection::ready() {
                                                         .keeps_descriptor = false},
                                                        image_, nullptr);
     if (!attached) return refuse(attached.error());
+    step();
     // With something left in it the client would hear that its connection was broken.
     drop_peeked(socket_.get(), peeked_);
     // Firecracker says no more, and does not mind: its process is watched, not its socket.
@@ -163,7 +167,9 @@ void NativeConnection::handle_received() {
       refuse(id, native::ErrorCode::protocol, request.error());
       return close_after_sending();
     }
+    step();
     handle(id, std::move(*request));
+    step();
   }
 }
 
@@ -393,6 +399,7 @@ void NativeConnection::send_queued() {
     const Result<std::size_t> sent =
         send_some(socket_.get(), std::span(frame.bytes).subspan(sent_of_first_), fds);
     if (!sent) return service_.close(*this, socket_.get());
+    step();
     sent_of_first_ += *sent;
     if (sent_of_first_ < frame.bytes.size()) {
       // A peer that does not take what is said last is not waited for.
@@ -455,6 +462,10 @@ void ControlConnection::answer(const std::string& line) {
     out_ += control::encode_ok({{"listeners", service_.listeners()}});
   } else if (const auto* remove = std::get_if<control::ListenRemove>(&*request)) {
     say(service_.remove_listener(remove->socket));
+  } else if (std::holds_alternative<control::Upgrade>(*request)) {
+    say(service_.upgrade());
+  } else if (std::holds_alternative<control::Drain>(*request)) {
+    out_ += control::encode_ok({{"sessions", service_.drain()}});
   } else {
     waiting_ = true;
     const auto say_later = [this, say](const Result<void>& result) {

@@ -10,6 +10,7 @@
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/syscall.h>
+#include <sys/timerfd.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -25,6 +26,7 @@
 #include <vector>
 
 #include "base/clock.h"
+#include "base/step.h"
 
 namespace uffdkit {
 namespace {
@@ -115,9 +117,7 @@ Result<std::unique_ptr<Keeper>> Keeper::create() {
     if (!records) return Failure(std::move(records).error());
     std::unique_ptr<Keeper> keeper(new Keeper(std::move(*records)));
     set_close_on_exec(true);
-    // It was kept in case that this program did not come so far.
-    keeper->end_standby();
-    ++keeper->shared_.upgrades;
+    keeper->is_on_trial_ = keeper->shared_.is_on_trial != 0;
     keeper->said_ready_ = true;
     return keeper;
   }
@@ -132,9 +132,10 @@ Result<std::unique_ptr<Keeper>> Keeper::create() {
   for (const int signal : {SIGTERM, SIGINT, SIGHUP}) ::sigaddset(&signals, signal);
   shared.signals = ::signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
   shared.nudge = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  shared.trial_timer = ::timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
   shared.keeper = ::getpid();
   shared.keeper_pidfd = static_cast<int>(::syscall(SYS_pidfd_open, ::getpid(), 0));
-  if (shared.signals < 0 || shared.nudge < 0 || shared.keeper_pidfd < 0)
+  if (shared.signals < 0 || shared.nudge < 0 || shared.trial_timer < 0 || shared.keeper_pidfd < 0)
     return Failure(Error::from_errno("create the keeper's descriptors", errno));
   shared.started_ns = monotonic_ns();
   return keeper;
@@ -161,7 +162,8 @@ void Keeper::start_standby(const Notify& notify) {
   if (child != 0) return;
 
   ::prctl(PR_SET_NAME, "uffdkit-standby");
-  wait_for_end(shared_.keeper_pidfd);
+  outlast_keeper();
+  if (shared_.is_on_trial != 0) undo_upgrade();
   while (!may_open()) (void)::poll(nullptr, 0, kLookMs);
   // This process's pidfd is the keeper's from here on.
   const int own = shared_.standby_pidfd;
@@ -173,6 +175,44 @@ void Keeper::start_standby(const Notify& notify) {
                     ::getpid()));
   ::prctl(PR_SET_NAME, "uffdkit");
   notify(fmt::format("MAINPID={}", ::getpid()));
+}
+
+void Keeper::outlast_keeper() const {
+  while (!has_ended(shared_.keeper_pidfd)) {
+    std::array<pollfd, 2> entries = {pollfd{.fd = shared_.keeper_pidfd, .events = POLLIN, .revents = 0},
+                                     pollfd{.fd = shared_.trial_timer, .events = POLLIN, .revents = 0}};
+    (void)::poll(entries.data(), entries.size(), -1);
+    std::uint64_t times = 0;
+    if (entries[1].revents == 0 || ::read(shared_.trial_timer, &times, sizeof times) != sizeof times)
+      continue;
+    say(fmt::format("the new program does not serve after {} s", kTrialSeconds));
+    send_signal(shared_.keeper_pidfd, SIGKILL);
+    wait_for_end(shared_.keeper_pidfd);
+  }
+}
+
+void Keeper::undo_upgrade() const {
+  // One of the new program's, which may not even know which descriptors it may close.
+  if (!has_ended(shared_.worker_pidfd)) {
+    send_signal(shared_.worker_pidfd, SIGKILL);
+    wait_for_end(shared_.worker_pidfd);
+  }
+  if (const int before = shared_.worker_pidfd.exchange(-1); before >= 0) ::close(before);
+  say("the program stays: the new one has not come to serve");
+  ++shared_.upgrades_failed;
+  end_trial();
+}
+
+void Keeper::begin_trial() const {
+  shared_.is_on_trial = 1;
+  const itimerspec limit{.it_interval = {}, .it_value = {.tv_sec = kTrialSeconds, .tv_nsec = 0}};
+  (void)::timerfd_settime(shared_.trial_timer, 0, &limit, nullptr);
+}
+
+void Keeper::end_trial() const {
+  shared_.is_on_trial = 0;
+  const itimerspec never{};
+  (void)::timerfd_settime(shared_.trial_timer, 0, &never, nullptr);
 }
 
 void Keeper::end_standby() const {
@@ -189,6 +229,7 @@ void Keeper::start_worker(const Work& work) {
   if (child < 0) worker_at_ns_ = monotonic_ns() + kCrashPauseNs;
   if (child != 0) return;
   ::prctl(PR_SET_NAME, "uffdkit-worker");
+  count_steps_of_worker(shared_.workers);
   const int code = work(*records_);
   shared_.exit_code = code;
   std::exit(code);
@@ -230,8 +271,11 @@ void Keeper::notify_manager(const Notify& notify) {
 void Keeper::replace_program() {
   shared_.upgrade = 0;
   const std::string program(shared_.program.data());
-  if (::access(program.c_str(), X_OK) != 0)
-    return say(Error::from_errno("the program stays: run " + program, errno).text());
+  if (::access(program.c_str(), X_OK) != 0) {
+    say(Error::from_errno("the program stays: run " + program, errno).text());
+    ++shared_.upgrades_failed;
+    return;
+  }
   send_signal(shared_.worker_pidfd, SIGKILL);
   wait_for_end(shared_.worker_pidfd);
   worker_died();
@@ -241,11 +285,14 @@ void Keeper::replace_program() {
   argv.push_back(nullptr);
   ::setenv(kRecordsVariable, std::to_string(records_->fd()).c_str(), 1);
   set_close_on_exec(false);
+  begin_trial();
   ::execv(program.c_str(), argv.data());
   const int why = errno;
+  end_trial();
   set_close_on_exec(true);
   ::unsetenv(kRecordsVariable);
   say(Error::from_errno("the program stays: run " + program, why).text());
+  ++shared_.upgrades_failed;
 }
 
 void Keeper::wait() const {
@@ -261,17 +308,26 @@ void Keeper::wait() const {
 }
 
 int Keeper::run(const Work& work, const Notify& notify) {
+  bool has_begun = false;
   // Each turn looks at everything anew: a standby that has become the keeper goes on here.
   for (;; wait()) {
     take_signals();
     if (has_ended(shared_.worker_pidfd) && shared_.workers != 0) {
       if (shared_.exit_code >= 0) break;
       if (shared_.worker_pidfd >= 0) worker_died();
+      // The standby goes on with the program of before.
+      if (is_on_trial_ && has_begun) return 1;
       if (shared_.is_ready == 0) {
         say(fmt::format("the worker ended before it was ready, by signal {}", shared_.death_signal.load()));
         shared_.exit_code = 1;
         break;
       }
+    }
+    if (is_on_trial_ && has_begun && shared_.is_serving != 0) {
+      is_on_trial_ = false;
+      end_trial();
+      end_standby();
+      ++shared_.upgrades;
     }
     notify_manager(notify);
     const std::int64_t now = monotonic_ns();
@@ -280,8 +336,10 @@ int Keeper::run(const Work& work, const Notify& notify) {
     if (!has_ended(shared_.standby_pidfd)) shared_.keeper = ::getpid();
     if (shared_.upgrade != 0 && shared_.is_serving != 0 && !has_ended(shared_.standby_pidfd))
       replace_program();
-    if (has_ended(shared_.worker_pidfd) && shared_.exit_code < 0 && monotonic_ns() >= worker_at_ns_)
+    if (has_ended(shared_.worker_pidfd) && shared_.exit_code < 0 && monotonic_ns() >= worker_at_ns_) {
       start_worker(work);
+      has_begun = true;
+    }
   }
   (void)reap(shared_.worker_pidfd);
   end_standby();

@@ -25,6 +25,9 @@ class Keeper {
   // What a worker runs; returns the exit code of all.
   using Work = std::function<int(Records&)>;
 
+  // How long a program that has replaced another may take until it serves.
+  static constexpr int kTrialSeconds = 10;
+
   // By which a worker hears of a change of Records::Shared::stops.
   static int stop_signal();
 
@@ -35,7 +38,7 @@ class Keeper {
 
   // Keeps a worker that runs `work`, until one has come to its end; returns its exit code. SIGTERM and SIGINT
   // ask for the end, SIGHUP for this program to be replaced by the one that is at its path now. If that does
-  // not start, the old one goes on. Does not return in workers.
+  // not come to serve within kTrialSeconds, the old one goes on. Does not return in workers.
   int run(const Work& work, const Notify& notify);
 
  private:
@@ -48,7 +51,14 @@ class Keeper {
   bool may_open() const;
   // Returns in the keeper, and once it has ended in the standby, which is the keeper from then on.
   void start_standby(const Notify& notify);
+  // Waits for the keeper's end, and ends it when the program that it has become does not serve in time.
+  void outlast_keeper() const;
   void end_standby() const;
+  // The standby of the program of before is there until then, to go on with that one.
+  void begin_trial() const;
+  void end_trial() const;
+  // The program of before goes on, whose standby this is.
+  void undo_upgrade() const;
   void start_worker(const Work& work);
   void worker_died();
   void take_signals();
@@ -62,6 +72,7 @@ class Keeper {
   std::int64_t worker_at_ns_ = 0;   // when the next worker may be started
   std::int64_t standby_at_ns_ = 0;  // likewise
   unsigned crashes_ = 0;            // of workers, in a row
+  bool is_on_trial_ = false;        // this program
   bool said_ready_ = false;
   bool said_stopping_ = false;
 };

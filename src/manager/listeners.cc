@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "base/step.h"
+
 namespace uffdkit {
 namespace {
 
@@ -213,6 +215,7 @@ void Manager::Impl::accept(Listener& listener) {
       log_.write(Error::from_errno("accept at " + listener.socket.path(), accepted.os_error).text());
       return pause(listener.socket.fd());
     }
+    step();
     Result<Peer> peer = peer_of(accepted.socket.get());
     if (!peer) {
       log_.write(fmt::format("refused: {}: {}", listener.socket.path(), peer.error().text()));

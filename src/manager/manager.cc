@@ -84,6 +84,29 @@ void Manager::Impl::stop() {
   loop_->post([this] { ending_ ? end_now() : begin_end(); });
 }
 
+Result<void> Manager::Impl::upgrade() {
+  if (options_.records == nullptr)
+    return Failure(Error("this manager has no keeper, which would replace the program", ENOTSUP)
+                       .with_remedy("end it and start the new one; see uffdkit-serve(1), SIGNALS"));
+  options_.records->ask_for_upgrade();
+  return {};
+}
+
+nlohmann::json Manager::Impl::drain() {
+  nlohmann::json begun = nlohmann::json::array();
+  for (auto& [id, info] : sessions_) {
+    if (info.keeps_descriptor) continue;
+    begun.push_back(id);
+    begin_draining(id, info);
+  }
+  return begun;
+}
+
+void Manager::Impl::begin_draining(SessionId id, SessionInfo& info) {
+  if (std::exchange(info.draining, true)) return;
+  engine_->begin_detach(id, Unreadable::keep_serving, [](const Result<void>&) {});
+}
+
 void Manager::Impl::begin_end() {
   ending_ = true;
   if (on_ending_) on_ending_();

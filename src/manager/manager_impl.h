@@ -90,6 +90,8 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   nlohmann::json listeners() override;
   void add_listener(const control::ListenAdd& request, Connection* connection, Engine::Done done) override;
   Result<void> remove_listener(const std::string& socket) override;
+  Result<void> upgrade() override;
+  nlohmann::json drain() override;
   void refused(uid_t user, const std::string& who, const Error& error) override;
   void want(Connection& connection, int fd, bool read, bool write) override;
   void close(Connection& connection, int fd) override;
@@ -139,6 +141,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
     std::optional<FileIdentity> state_file;
     Connection* connection;
     std::uint64_t cookie = 0;  // of the socket by which it was handed over
+    bool draining = false;     // its memory is being completed
     bool leaving = false;      // abandoned; its end has not been heard yet
     std::uint64_t page_errors = 0;
   };
@@ -204,6 +207,8 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   // Has `write` log something on the loop's thread. From workers.
   void post_log(EventLoop::Callback write);
   void watch_pending();
+  // Completes its memory, and lets its client go on by itself.
+  void begin_draining(SessionId id, SessionInfo& info);
   void begin_end();
   void end_now();
 

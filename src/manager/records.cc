@@ -18,12 +18,13 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/step.h"
 
 namespace uffdkit {
 namespace {
 
 constexpr std::array<char, 8> kMagic = {'U', 'F', 'F', 'D', 'K', 'E', 'P', 'T'};
-constexpr std::uint32_t kVersion = 1;
+constexpr std::uint32_t kVersion = 2;
 
 constexpr std::size_t kListenersAt = 65'536;
 constexpr std::size_t kListenersMax = 16'384;
@@ -144,8 +145,8 @@ Result<std::unique_ptr<Records>> Records::create() {
   Shared& shared = records->shared();
   shared.inherited_count = static_cast<std::uint32_t>(inherited.size());
   std::ranges::copy(inherited, shared.inherited.begin());
-  for (auto* none : {&shared.signals, &shared.nudge, &shared.keeper_pidfd, &shared.standby_pidfd,
-                     &shared.worker_pidfd, &shared.exit_code})
+  for (auto* none : {&shared.signals, &shared.nudge, &shared.trial_timer, &shared.keeper_pidfd,
+                     &shared.standby_pidfd, &shared.worker_pidfd, &shared.exit_code})
     none->store(-1);
   shared.magic = kMagic;
   publish(shared.version, kVersion);
@@ -183,7 +184,18 @@ Records::FileImage* Records::image_table() const {
 
 void Records::tell_serving() {
   shared_->is_ready = 1;
+  step();
   shared_->is_serving = 1;
+  step();
+  nudge_keeper();
+}
+
+void Records::ask_for_upgrade() {
+  shared_->upgrade = 1;
+  nudge_keeper();
+}
+
+void Records::nudge_keeper() const {
   const std::uint64_t one = 1;
   (void)!::write(shared_->nudge, &one, sizeof one);
 }
@@ -202,12 +214,15 @@ Result<std::size_t> Records::use_image(const std::shared_ptr<StoreLane>& lane) {
   const std::size_t index = free_place(kImagesMax, [&](std::size_t i) { return table[i].valid == 0; });
   if (index == kImagesMax) return Failure(full("images", kImagesMax));
   FileImage& record = table[index];
+  step();
   record.file = lane->file();
   record.memory = -1;
   record.filled = -1;
   record.name_bytes = static_cast<std::uint32_t>(name.size());
   std::memcpy(record.name.data(), name.data(), name.size());
+  step();
   publish(record.valid, 1);
+  step();
   images_[lane.get()] = {.index = index, .users = 1};
   return index;
 }
@@ -248,7 +263,9 @@ Result<void> Records::add(const Session& session, std::shared_ptr<StoreLane> lan
                   .shares = session.shares};
   // First, so that no later worker gives its number to another.
   if (shared_->last_session < session.id) shared_->last_session = session.id;
+  step();
   publish(table[index].valid, 1);
+  step();
   sessions_[session.id] = {.index = index, .lane = std::move(lane), .memory = std::move(memory)};
   return {};
 }
@@ -278,7 +295,9 @@ Result<void> Records::add_fork(SessionId parent, SessionId id, int uffd, int sta
 void Records::acknowledge(SessionId id) {
   const std::lock_guard lock(mutex_);
   const auto found = sessions_.find(id);
+  step();
   if (found != sessions_.end()) publish(session_table()[found->second.index].acknowledged, 1);
+  step();
 }
 
 void Records::remove(SessionId id) {
@@ -288,7 +307,9 @@ void Records::remove(SessionId id) {
   const std::lock_guard lock(mutex_);
   const auto found = sessions_.find(id);
   if (found == sessions_.end()) return;
+  step();
   publish(session_table()[found->second.index].valid, 0);
+  step();
   lane = std::move(found->second.lane);
   memory = std::move(found->second.memory);
   leave_image(lane.get());
@@ -453,8 +474,8 @@ bool Records::has_connection(std::uint64_t cookie) const {
 std::vector<UniqueFd> Records::sweep() {
   const std::lock_guard lock(mutex_);
   std::set<int> kept(shared_->inherited.begin(), shared_->inherited.begin() + shared_->inherited_count);
-  for (const auto* fd : {&shared_->signals, &shared_->nudge, &shared_->keeper_pidfd, &shared_->standby_pidfd,
-                         &shared_->worker_pidfd})
+  for (const auto* fd : {&shared_->signals, &shared_->nudge, &shared_->trial_timer, &shared_->keeper_pidfd,
+                         &shared_->standby_pidfd, &shared_->worker_pidfd})
     kept.insert(fd->load());
   kept.insert(file_.get());
   std::set<std::uint32_t> images;
@@ -490,6 +511,7 @@ std::vector<UniqueFd> Records::sweep() {
   std::vector<UniqueFd> connected;
   for (const int fd : open_descriptors()) {
     if (kept.contains(fd)) continue;
+    step();
     UniqueFd left(fd);
     if (is_connected_socket(fd)) connected.push_back(std::move(left));
   }

@@ -68,6 +68,9 @@ class Records {
     std::atomic<std::uint64_t> sessions_ended;
     std::atomic<std::uint64_t> clients_refused;
     std::array<std::atomic<std::uint64_t>, kTotalsMax> totals;
+    std::atomic<std::uint64_t> upgrades_failed;  // how often the program was to be replaced, and stayed
+    std::atomic<std::uint32_t> is_on_trial;      // a program that has replaced another does not serve yet
+    std::atomic<std::int32_t> trial_timer;       // a timerfd: it should have by then
   };
 
   struct Session {
@@ -116,6 +119,8 @@ class Records {
   // ---- of the worker that serves
   // It has taken up, or begun, all that there is: the keeper may open descriptors again.
   void tell_serving();
+  // Has the keeper replace the program.
+  void ask_for_upgrade();
   // Valid when it returns. Errors: no room (ENOSPC).
   Result<void> add(const Session& session, std::shared_ptr<StoreLane> lane,
                    std::shared_ptr<SharedImage> memory);
@@ -169,6 +174,7 @@ class Records {
   FileSession* session_table() const;
   FileListener* listener_table() const;
   FileImage* image_table() const;
+  void nudge_keeper() const;
   // Whether there is such a session. Takes the lock.
   template <class Is>
   bool has_session(const Is& is) const;

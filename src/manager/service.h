@@ -102,6 +102,10 @@ class ConnectionService {
   // The socket is added even if `connection` is closed meanwhile.
   virtual void add_listener(const control::ListenAdd& request, Connection* connection, Engine::Done done) = 0;
   virtual Result<void> remove_listener(const std::string& socket) = 0;
+  // Errors: nobody keeps this process.
+  virtual Result<void> upgrade() = 0;
+  // Begins; returns the numbers of the sessions.
+  virtual nlohmann::json drain() = 0;
 
   // A client was refused; counted, and logged unless this user is refused something all the time.
   virtual void refused(uid_t user, const std::string& who, const Error& error) = 0;

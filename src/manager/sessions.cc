@@ -288,7 +288,8 @@ void Manager::Impl::session_forked(const SessionStatus& session, const SessionFi
                      .state_file = std::nullopt,
                      .connection = nullptr};
     if (parent != sessions_.end()) info.uid = parent->second.uid;
-    sessions_.emplace(session.id, info);
+    SessionInfo& own = sessions_.emplace(session.id, info).first->second;
+    if (parent != sessions_.end() && parent->second.draining) begin_draining(session.id, own);
     log_.write(fmt::format("session {}: a child of session {}'s client, {} bytes from {}", session.id,
                            session.parent, session.memory_bytes, session.image));
     if (ending_) engine_->begin_detach(session.id, Unreadable::poison, [](const Result<void>&) {});
@@ -298,8 +299,10 @@ void Manager::Impl::session_forked(const SessionStatus& session, const SessionFi
 void Manager::Impl::detach_failed(SessionId session, const Error& error) {
   loop_->post([this, session, error] {
     const auto found = sessions_.find(session);
-    if (found != sessions_.end() && found->second.connection != nullptr)
-      found->second.connection->detach_failed(error);
+    if (found == sessions_.end()) return;
+    if (std::exchange(found->second.draining, false))
+      log_.write(fmt::format("session {} cannot be completed: {}", session, error.text()));
+    if (found->second.connection != nullptr) found->second.connection->detach_failed(error);
   });
 }
 

@@ -138,6 +138,7 @@ nlohmann::json Manager::Impl::status() {
     entry["uid"] = info.uid;
     entry["image"] = info.image;
     entry["kind"] = to_string(info.kind);
+    entry["draining"] = info.draining;
     entry["connected"] = info.connection != nullptr;
     entry["sharing"] = to_string(status.sharing);
     entry["memory_bytes"] = status.memory_bytes;
@@ -169,9 +170,12 @@ nlohmann::json Manager::Impl::status() {
     answer["standby"] = {{"pid", kept.standby.load()}};
     answer["takeovers"] = kept.workers - 1;
     answer["upgrades"] = kept.upgrades.load();
+    answer["upgrades_failed"] = kept.upgrades_failed.load();
   }
   answer.update({{"uptime_ms", (monotonic_ns() - started_ns_) / 1'000'000},
                  {"ending", ending_},
+                 {"draining",
+                  std::ranges::count_if(sessions_, [](const auto& entry) { return entry.second.draining; })},
                  {"listeners", listeners()},
                  {"sessions", std::move(sessions)},
                  {"shared_images", std::move(shared)},

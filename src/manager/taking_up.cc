@@ -8,6 +8,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "base/step.h"
+
 namespace uffdkit {
 namespace {
 
@@ -25,6 +27,7 @@ Result<void> Manager::Impl::take_up() {
   Inherited inherited;
   std::size_t sessions = 0;
   for (const Records::Session& session : records.sessions()) {
+    step();
     const UniqueFd process(session.process < 0 ? -1 : ::fcntl(session.process, F_DUPFD_CLOEXEC, 0));
     if (auto taken = take_up(session, inherited); taken) {
       ++sessions;
@@ -40,6 +43,7 @@ Result<void> Manager::Impl::take_up() {
       log_.write(fmt::format("{} is listened at no more: {}", listener.path, taken.error().text()));
   for (const auto& [record, lane] : inherited.images)
     if (lane) records.release_image(lane->get());
+  step();
   for (UniqueFd& socket : std::exchange(inherited_connections_, {})) take_up(std::move(socket));
   const int signal = records.shared().death_signal;
   log_.write(fmt::format("the worker before has ended{}; process {} goes on with {} sessions",

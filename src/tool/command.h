@@ -39,12 +39,14 @@ void add_no_sandbox_option(CLI::App& command, bool& no_sandbox);
 void add_serve(CLI::App& app, int& exit_code);
 void add_status(CLI::App& app, int& exit_code);
 void add_listen(CLI::App& app, int& exit_code);
+void add_upgrade(CLI::App& app, int& exit_code);
+void add_drain(CLI::App& app, int& exit_code);
 void add_doctor(CLI::App& app, int& exit_code);
 void add_resume(CLI::App& app, int& exit_code);
 void add_criu(CLI::App& app, int& exit_code);
 void add_image(CLI::App& app, int& exit_code);
 
-inline constexpr std::array kSubcommands = {add_serve,  add_image, add_status, add_listen,
-                                            add_resume, add_criu,  add_doctor};
+inline constexpr std::array kSubcommands = {add_serve,   add_image,  add_status, add_listen, add_drain,
+                                            add_upgrade, add_resume, add_criu,   add_doctor};
 
 }  // namespace uffdkit::tool

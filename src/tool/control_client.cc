@@ -6,6 +6,8 @@
 #include <array>
 #include <cerrno>
 #include <chrono>
+#include <thread>
+#include <variant>
 
 #include "wire/unix_socket.h"
 
@@ -13,10 +15,10 @@ namespace uffdkit::tool {
 namespace {
 
 constexpr std::chrono::milliseconds kAnswerLimit{10'000};
+// Between two attempts while one worker takes over from another.
+constexpr std::chrono::milliseconds kPause{10};
 
-}  // namespace
-
-Result<nlohmann::json> ask_manager(const std::string& socket, const control::Request& request) {
+Result<nlohmann::json> ask_once(const std::string& socket, const control::Request& request) {
   Result<UniqueFd> connection = connect_unix(socket, kAnswerLimit);
   if (!connection)
     return Failure(std::move(connection)
@@ -42,6 +44,27 @@ Result<nlohmann::json> ask_manager(const std::string& socket, const control::Req
     if (!lines->empty()) return control::decode_answer(lines->front());
     if (end)
       return Failure(Error(fmt::format("the manager at {} closed the connection", socket), ECONNRESET));
+  }
+}
+
+}  // namespace
+
+bool is_lost(const Error& error) {
+  return error.os_error() == ECONNRESET || error.os_error() == EPIPE;
+}
+
+Result<nlohmann::json> ask_manager(const std::string& socket, const control::Request& request) {
+  // What changes something may have been done although nobody said so.
+  const bool may_repeat = std::holds_alternative<control::Status>(request) ||
+                          std::holds_alternative<control::ListenList>(request) ||
+                          std::holds_alternative<control::Drain>(request);
+  const auto give_up = std::chrono::steady_clock::now() + kAnswerLimit;
+  while (true) {
+    Result<nlohmann::json> answer = ask_once(socket, request);
+    if (answer || !is_lost(answer.error()) || !may_repeat || std::chrono::steady_clock::now() >= give_up)
+      return answer;
+    // The worker that was asked has been replaced; the next one answers.
+    std::this_thread::sleep_for(kPause);
   }
 }
 

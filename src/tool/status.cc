@@ -72,6 +72,9 @@ std::string indented(std::uint64_t id, std::size_t depth) {
 void print(const nlohmann::json& status) {
   fmt::print("manager pid {}, up {} s{}\n", number(status, "pid"), number(status, "uptime_ms") / 1000,
              status.value("ending", false) ? ", ending" : "");
+  if (status.contains("keeper"))
+    fmt::print("worker pid {}, after {} takeovers and {} upgrades\n", number(status.at("worker"), "pid"),
+               number(status, "takeovers"), number(status, "upgrades"));
   for (const auto& listener : status.at("listeners"))
     fmt::print("listens {} {}{}\n", listener.value("kind", ""), listener.value("socket", ""),
                listener.contains("image") ? " image " + listener.value("image", "") : "");

@@ -19,6 +19,8 @@ constexpr std::string_view kListenAdd = "listen-add";
 constexpr std::string_view kListenRemove = "listen-remove";
 constexpr std::string_view kListenList = "listen-list";
 constexpr std::string_view kSessionResume = "session-resume";
+constexpr std::string_view kUpgrade = "upgrade";
+constexpr std::string_view kDrain = "drain";
 
 template <class... Fs>
 struct Overloaded : Fs... {
@@ -136,8 +138,11 @@ Result<Request> decode_request(std::string_view line) {
   if (*command == kListenRemove) return decode_listen_remove(*object);
   if (*command == kListenList) return decode_plain<ListenList>(*object, kListenList);
   if (*command == kSessionResume) return decode_session_resume(*object);
-  return refuse(fmt::format("unknown command {}; there are {}, {}, {}, {} and {}", shown(*command), kStatus,
-                            kListenAdd, kListenRemove, kListenList, kSessionResume));
+  if (*command == kUpgrade) return decode_plain<Upgrade>(*object, kUpgrade);
+  if (*command == kDrain) return decode_plain<Drain>(*object, kDrain);
+  return refuse(fmt::format("unknown command {}; there are {}, {}, {}, {}, {}, {} and {}", shown(*command),
+                            kStatus, kListenAdd, kListenRemove, kListenList, kSessionResume, kUpgrade,
+                            kDrain));
 }
 
 std::string encode_request(const Request& request) {
@@ -156,7 +161,9 @@ std::string encode_request(const Request& request) {
                  [](const ListenList&) { return Json{{"command", kListenList}}; },
                  [](const SessionResume& resume) {
                    return Json{{"command", kSessionResume}, {"session", std::to_string(resume.session)}};
-                 }},
+                 },
+                 [](const Upgrade&) { return Json{{"command", kUpgrade}}; },
+                 [](const Drain&) { return Json{{"command", kDrain}}; }},
       request));
 }
 

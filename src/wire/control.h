@@ -42,8 +42,12 @@ struct ListenList {};
 struct SessionResume {
   std::uint64_t session;
 };
+// Has the program replaced by the one at its path.
+struct Upgrade {};
+// Completes and releases the sessions whose clients keep no descriptor of their own.
+struct Drain {};
 
-using Request = std::variant<Status, ListenAdd, ListenRemove, ListenList, SessionResume>;
+using Request = std::variant<Status, ListenAdd, ListenRemove, ListenList, SessionResume, Upgrade, Drain>;
 
 // One line, without its end. Errors: not a JSON object; an unknown command (all commands are named); a key
 // missing, unknown, empty or not a string; an image where there can be none.

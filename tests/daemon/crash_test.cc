@@ -9,9 +9,13 @@
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "daemon/fixture.h"
+#include "support/program.h"
 #include "support/turmoil.h"
 
 namespace uffdkit::test {
@@ -77,6 +81,163 @@ TEST_F(Crash, EightClientsOfAWorkerThatIsKilledAgainAndAgainHaveEveryByte) {
 
 TEST_F(Crash, SixtyFourClientsOfAWorkerThatIsKilledAgainAndAgainHaveEveryByte) {
   kill_workers(64, 20, 100);
+}
+
+// Each kind of client does the same each time, under a worker that ends at its n-th marked step
+// (base/step.h), for every n. Several tests, so that they run beside each other: each has one n of so many.
+constexpr std::uint64_t kTestsOfSteps = 8;
+
+class CrashAtEveryStep : public Crash,
+                         public testing::WithParamInterface<std::tuple<std::uint64_t, std::uint64_t>> {
+ protected:
+  enum class Came : std::uint8_t { not_ready, to_the_step, not_so_far };
+
+  // Worker `worker` ends at its step `step`, while clients of each kind come and go under it.
+  Came end_at(std::uint64_t worker, std::uint64_t step) {
+    const TempDir directory;
+    const std::string firecracker = directory / "firecracker.sock";
+    const std::string native = directory / "native.sock";
+    std::unique_ptr<ManagerProcess> manager;
+    try {
+      manager = std::make_unique<ManagerProcess>(
+          directory,
+          std::vector<std::string>{"--firecracker", firecracker + "=" + image_.path(), "--listen", native,
+                                   "--image", "image=" + image_.path(), "--workers", "1"},
+          ManagerProcess::Setting{
+              .environment = {"UFFDKIT_CRASH_AT=" + std::to_string(worker) + ":" + std::to_string(step)},
+              .program = UFFDKIT_BINARY_DIR "/uffdkit-steps"});
+    } catch (const std::runtime_error&) {
+      return Came::not_ready;  // and so all of it has ended, and nobody is served
+    }
+    Turmoil turmoil(image_);
+    for (const Turmoil::Kind kind :
+         {Turmoil::Kind::forking, Turmoil::Kind::firecracker, Turmoil::Kind::native}) {
+      AttachOptions options;
+      if (step % 2 == 0) options.sharing = AttachOptions::Share::if_possible;
+      options.removed_reads_zero = true;
+      turmoil.start({.kind = kind,
+                     .socket = kind == Turmoil::Kind::native ? native : firecracker,
+                     .image_name = "image",
+                     .options = options,
+                     .seed = step,
+                     .steps = 24,
+                     .lives = 1});
+    }
+    // The first one ends in the middle of it, so that there is something to take up.
+    if (worker == 2) {
+      EXPECT_TRUE(eventually([&] { return turmoil.counts().steps >= 12; }));
+      ::kill(manager->worker_pid(), SIGKILL);
+    }
+    EXPECT_EQ(turmoil.wait(), 0u) << "worker " << worker << ", step " << step << "\n" << manager->log();
+    return manager->count("takeovers") >= worker ? Came::to_the_step : Came::not_so_far;
+  }
+};
+
+TEST_P(CrashAtEveryStep, ClientsHaveEveryByte) {
+  const auto [worker, first] = GetParam();
+  constexpr std::uint64_t kStepsMax = 5000;
+  std::uint64_t reached = 0;
+  std::uint64_t not_ready = 0;
+  // How many steps there are is not always the same.
+  std::uint64_t step = first;
+  for (int not_so_far = 0; step <= kStepsMax && not_so_far < 2 && !HasFailure(); step += kTestsOfSteps) {
+    switch (end_at(worker, step)) {
+      case Came::not_ready:
+        ++not_ready;
+        break;
+      case Came::to_the_step:
+        ++reached;
+        break;
+      case Came::not_so_far:
+        ++not_so_far;
+        break;
+    }
+  }
+  RecordProperty("steps", static_cast<int>(step));
+  EXPECT_LE(not_ready, 1u);
+  EXPECT_GT(reached, 5u);
+  EXPECT_LE(step, kStepsMax);
+}
+
+INSTANTIATE_TEST_SUITE_P(Workers, CrashAtEveryStep,
+                         testing::Combine(testing::Values(1, 2),
+                                          testing::Range<std::uint64_t>(1, kTestsOfSteps + 1)));
+
+class Drain : public Crash {
+ protected:
+  static Finished drain(const ManagerProcess& manager) {
+    return run_program("uffdkit", {"drain", "--control", manager.control()});
+  }
+  // Touches one page, and all the others when it is told to.
+  static void touch_one_then_all(const ClientMemory& memory, const Channel& channel) {
+    memory.check(0);
+    channel.send(1);
+    channel.receive();
+    memory.check_all(2, 1);
+  }
+};
+
+TEST_F(Drain, ClientsNeedNoManagerAfterwards) {
+  ManagerProcess manager(directory_, arguments());
+  image_.make_cold();
+  Child process = client(image_, whole(image_), firecracker_, touch_one_then_all);
+  process.channel().receive();
+  const Finished drained = drain(manager);
+  EXPECT_EQ(drained.exit_code, 0) << drained.err;
+  EXPECT_EQ(drained.out, "1 sessions completed and released\n");
+  EXPECT_EQ(manager.sessions(), 0u);
+  manager.kill();
+  process.channel().send(1);
+  EXPECT_EQ(process.wait(), 0);
+}
+
+TEST_F(Drain, IsAskedForAgainWhenAnotherWorkerTakesOver) {
+  // Each read lasts for 20 ms, so that it is not done before.
+  std::vector<std::string> slow = arguments();
+  slow.insert(slow.end(), {"--store-fault", "delay,ms=20", "--fault-around", "1"});
+  ManagerProcess manager(directory_, slow);
+  Child process = client(image_, whole(image_), firecracker_, touch_one_then_all);
+  process.channel().receive();
+  Child killer([&](const Channel&) {
+    const bool begun = eventually([&] { return manager.count("draining") > 0; });
+    ::kill(manager.worker_pid(), SIGKILL);
+    return begun ? 0 : 1;
+  });
+  const Finished drained = drain(manager);
+  EXPECT_EQ(killer.wait(), 0);
+  EXPECT_EQ(drained.exit_code, 0) << drained.err;
+  EXPECT_EQ(manager.count("takeovers"), 1u);
+  EXPECT_EQ(manager.sessions(), 0u);
+  manager.kill();
+  process.channel().send(1);
+  EXPECT_EQ(process.wait(), 0);
+}
+
+TEST_F(Drain, AClientThatCannotBeCompletedIsServedOn) {
+  const ManagerProcess manager(directory_, arguments());
+  Child process =
+      client(image_, whole(image_), firecracker_, [](const ClientMemory& memory, const Channel& channel) {
+        memory.check(0);
+        channel.send(1);
+        channel.receive();
+        memory.check(100);
+      });
+  process.channel().receive();
+  image_.make_cold();
+  image_.cut(kPages / 2);
+  const Finished drained = drain(manager);
+  EXPECT_EQ(drained.exit_code, 1);
+  EXPECT_NE(drained.err.find("1 sessions could not be completed"), std::string::npos) << drained.err;
+  EXPECT_EQ(manager.sessions(), 1u);
+  process.channel().send(1);
+  EXPECT_EQ(process.wait(), 0);
+}
+
+TEST_F(Drain, WithoutClientsThereIsNothingToDo) {
+  const ManagerProcess manager(directory_, arguments());
+  const Finished drained = drain(manager);
+  EXPECT_EQ(drained.exit_code, 0) << drained.err;
+  EXPECT_EQ(drained.out, "0 sessions completed and released\n");
 }
 
 TEST_F(Crash, KeeperAndWorkerMayBeKilledInTurn) {
@@ -152,23 +313,54 @@ TEST_F(Crash, ClientsNoticeAnUpgradeAsLittle) {
   EXPECT_EQ(turmoil.stop(), 0u) << manager.log();
 }
 
-TEST_F(Crash, AProgramThatDoesNotStartIsFollowedByTheOldOne) {
+TEST_F(Crash, UpgradeSaysWhenTheNewProgramServes) {
+  const ManagerProcess manager(directory_, arguments());
+  const Finished upgraded = run_program("uffdkit", {"upgrade", "--control", manager.control()});
+  EXPECT_EQ(upgraded.exit_code, 0) << upgraded.err;
+  EXPECT_EQ(manager.count("upgrades"), 1u);
+  EXPECT_NE(upgraded.out.find(std::to_string(manager.worker_pid())), std::string::npos) << upgraded.out;
+}
+
+TEST_F(Crash, WithoutAKeeperAnUpgradeIsRefused) {
+  std::vector<std::string> alone = arguments();
+  alone.emplace_back("--no-keeper");
+  const ManagerProcess manager(directory_, alone);
+  const Finished upgraded = run_program("uffdkit", {"upgrade", "--control", manager.control()});
+  EXPECT_EQ(upgraded.exit_code, 1);
+  EXPECT_NE(upgraded.err.find("no keeper"), std::string::npos) << upgraded.err;
+}
+
+// Programs that are put in the place of the running one, and do not come to serve.
+class BadUpgrade : public Crash, public testing::WithParamInterface<const char*> {};
+
+TEST_P(BadUpgrade, IsUndoneAndTheOldProgramGoesOn) {
   const std::string program = directory_ / "uffdkit";
   std::filesystem::copy_file(UFFDKIT_BINARY_DIR "/uffdkit", program);
   const ManagerProcess manager(directory_, arguments(), {.program = program});
   Turmoil turmoil(image_);
   start(turmoil, 3);
   std::filesystem::remove(program);
-  std::ofstream(program) << "#!/bin/sh\nexit 3\n";
+  std::ofstream(program) << GetParam();
   ASSERT_EQ(::chmod(program.c_str(), 0755), 0);
-  manager.signal(SIGHUP);
-  ASSERT_TRUE(eventually([&] { return manager.count("takeovers") == 1; })) << manager.log();
+  const Finished upgraded = run_program("uffdkit", {"upgrade", "--control", manager.control()});
+  EXPECT_EQ(upgraded.exit_code, 1);
+  EXPECT_NE(upgraded.err.find("the old one goes on"), std::string::npos) << upgraded.err;
   EXPECT_EQ(manager.count("upgrades"), 0u);
-  EXPECT_TRUE(eventually([&] { return manager.status().at("keeper").at("pid") != manager.pid(); }));
-  pause(50);
+  EXPECT_EQ(manager.count("upgrades_failed"), 1u);
   EXPECT_EQ(turmoil.hanging(), "");
+  // And can be replaced still.
+  std::filesystem::remove(program);
+  std::filesystem::copy_file(UFFDKIT_BINARY_DIR "/uffdkit", program);
+  EXPECT_EQ(run_program("uffdkit", {"upgrade", "--control", manager.control()}).exit_code, 0);
+  EXPECT_EQ(manager.count("upgrades"), 1u);
   EXPECT_EQ(turmoil.stop(), 0u) << manager.log();
 }
+
+INSTANTIATE_TEST_SUITE_P(Programs, BadUpgrade,
+                         testing::Values("#!/bin/sh\nexit 3\n", "#!/bin/sh\nexec sleep 100\n", "no program",
+                                         // Serves nothing, as it is told to end at its first step.
+                                         "#!/bin/sh\nexport UFFDKIT_CRASH_AT=2:1\nexec " UFFDKIT_BINARY_DIR
+                                         "/uffdkit-steps \"$@\"\n"));
 
 TEST_F(Crash, ASocketThatWasAddedIsListenedAtAfterwards) {
   const ManagerProcess manager(directory_, arguments());

@@ -69,7 +69,7 @@ INSTANTIATE_TEST_SUITE_P(
                    {"allow"}},
         BadRequest{"UnknownCommand",
                    R"({"command":"halt"})",
-                   {"\"halt\"", "status", "listen-add", "listen-remove", "listen-list"}},
+                   {"\"halt\"", "status", "listen-add", "listen-remove", "listen-list", "upgrade", "drain"}},
         BadRequest{"LongUnknownCommand", R"({"command":")" + std::string(5000, 'x') + R"("})", {"xxx..."}},
         BadRequest{"UnknownKey", R"({"command":"status","verbose":"yes"})", {"status", "\"verbose\""}},
         BadRequest{"NoSocket", R"({"command":"listen-remove"})", {"\"socket\" is missing"}},
