@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "image/varint.h"
 
 namespace uffdkit::image {
 namespace {
@@ -39,24 +40,6 @@ T get(std::span<const std::byte> from, std::size_t at) {
   CHECK(at + sizeof value <= from.size());
   std::memcpy(&value, from.data() + at, sizeof value);
   return value;
-}
-
-void put_varint(std::vector<std::byte>& to, std::uint64_t value) {
-  for (; value >= 0x80; value >>= 7) to.push_back(static_cast<std::byte>(value | 0x80));
-  to.push_back(static_cast<std::byte>(value));
-}
-
-// False when the bytes end within the number, or it has more than 64 bits.
-bool take_varint(std::span<const std::byte>& from, std::uint64_t& value) {
-  value = 0;
-  for (unsigned shift = 0; shift < 64 && !from.empty(); shift += 7) {
-    const auto byte = std::to_integer<std::uint64_t>(from.front());
-    from = from.subspan(1);
-    if (shift == 63 && byte > 1) return false;
-    value |= (byte & 0x7f) << shift;
-    if (byte < 0x80) return true;
-  }
-  return false;
 }
 
 Failure damaged(const std::string& what) {
