@@ -473,6 +473,8 @@ Result<SessionId> Engine::Shared::attach(Attachment attachment) {
           !added)
         refused = added.error();
     }
+    if (attachment.record) session.record(attachment.record, attachment.lane);
+    if (attachment.prefetch) session.prefetch(attachment.prefetch, attachment.lane, id);
     if (taken_up) session.wake_all();
     return true;
   });

@@ -48,6 +48,13 @@ struct SessionStatus {
   std::uint64_t retries = 0;
   std::uint64_t read_retries = 0;
   std::uint64_t read_errors = 0;
+  std::uint64_t pages_prefetched = 0;
+  std::uint64_t pages_background = 0;
+  std::uint64_t prefetch_late = 0;
+  std::uint64_t prefetch_missed = 0;
+  std::uint64_t prefetch_left_out = 0;
+  std::uint64_t prefetch_left_out_used = 0;
+  bool prefetch_given_up = false;
   std::uint64_t pending = 0;
   bool paused = false;
   // Of the oldest pending fault, if there is one; see SessionCounters. Not all from one instant.
@@ -110,6 +117,9 @@ struct Attachment {
   SessionId id = 0;
   SessionId parent = 0;
   std::shared_ptr<SharedImage> shared = nullptr;
+  // Notes what is asked for of the image of `lane`; and what of it to bring before. nullptr for neither.
+  std::shared_ptr<AccessRecord> record = nullptr;
+  std::shared_ptr<const PrefetchOrder> prefetch = nullptr;
   // Hears the session's number when all else is done, before it is run; an error refuses it.
   std::function<Result<void>(SessionId)> begins = nullptr;
   // Whether a descriptor that a fork message in `state` names is the child's still; see Session::apply_inbox.

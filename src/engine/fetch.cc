@@ -3,6 +3,8 @@
 #include <cerrno>
 #include <span>
 
+#include "store/read_ahead.h"
+
 namespace uffdkit {
 
 namespace {
@@ -28,9 +30,28 @@ void read_singly(Fetch& fetch, const std::bitset<kFetchGranulesMax>& pages) {
   }
 }
 
+// The disk is told of all of them before the first is waited for: it reads many at a time, and in the order
+// that it likes.
+void read_pieces(Fetch& fetch) {
+  if (auto* ahead = dynamic_cast<ReadAhead*>(fetch.store.get()))
+    for (const FetchPiece& piece : fetch.pieces)
+      ahead->will_need(piece.from, kPage4K.bytes(piece.granules.count));
+  std::size_t page = 0;
+  for (const FetchPiece& piece : fetch.pieces) {
+    if (!piece.read) continue;
+    const std::size_t pages = piece.granules.count.value;
+    const std::span<std::byte> bytes = buffer_of(fetch).subspan(kPage4K.bytes(PageCount(page)).value,
+                                                                kPage4K.bytes(piece.granules.count).value);
+    const Result<ReadStatus> read = fetch.store->read(piece.from, bytes, Wait::yes);
+    for (std::size_t i = page; i < page + pages; ++i) fetch.failed[i] = !read || *read != ReadStatus::done;
+    page += pages;
+  }
+}
+
 }  // namespace
 
 void read_fetch(Fetch& fetch) {
+  if (fetch.urgency != Urgency::demand) return read_pieces(fetch);
   if (const auto read = fetch.store->read(fetch.from, buffer_of(fetch), Wait::yes);
       read && *read == ReadStatus::done)
     return;

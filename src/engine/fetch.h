@@ -1,4 +1,4 @@
-// A run of pages on its way from a store to a client's memory.
+// Pages on their way from a store to a client's memory.
 #pragma once
 
 #include <uffdkit/error.h>
@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <vector>
 
 namespace uffdkit {
 
@@ -17,6 +18,20 @@ namespace uffdkit {
 inline constexpr std::size_t kFetchGranulesMax = 512;
 
 class SharedImage;
+
+// Who wants it, most urgent first.
+enum class Urgency : std::uint8_t {
+  demand,      // a fault waits for it
+  prefetch,    // it is expected to be asked for
+  background,  // nobody has asked for it
+};
+
+// A run of pages that lie one behind the other, of those that a fetch brings which was not asked for.
+struct FetchPiece {
+  StoreOffset from;
+  PageRange granules;  // of the fetch's region
+  bool read = true;    // false: it is only to be brought from the disk, and its bytes are not wanted
+};
 
 struct Fetch {
   std::uint64_t id;  // within its session
@@ -29,12 +44,19 @@ struct Fetch {
   std::bitset<kFetchGranulesMax> failed;  // pages that could not be read (bit 0: the first)
   std::optional<Error> error;             // the first failure
   unsigned retries = 0;                   // how often it was tried again
+  Urgency urgency = Urgency::demand;
+  // Of a fetch that is not for a fault: what it brings, in the place of one run from `from` on. `buffer` has
+  // the bytes of those that are read, one behind the other, and `granules` counts them. `region`: see
+  // Session::RegionServing.
+  std::vector<FetchPiece> pieces{};
+  std::uint32_t region = 0;
+  std::uint64_t region_serial = 0;
 
   ByteCount bytes() const { return kPage4K.bytes(granules); }
 };
 
 // Reads a fetch's bytes, waiting as long as it takes. When the whole cannot be read, each page is tried
-// alone, so that one bad page does not condemn its neighbours.
+// alone, so that one bad page does not condemn its neighbours. A piece that cannot be read is left out whole.
 void read_fetch(Fetch& fetch);
 
 // Tries the pages again that have failed.

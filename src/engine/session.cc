@@ -64,6 +64,7 @@ Session::Session(Uffd uffd, SessionState state, std::vector<std::shared_ptr<Stor
   for (std::shared_ptr<StoreLane>& lane : lanes)
     serving_.push_back(lane ? RegionServing{.lane = std::move(lane), .serial = ++last_serial_}
                             : RegionServing());
+  if (options_.background != Background::off && !serving_.empty()) prefetching().background = true;
 }
 
 // ---- what owners ask for ----------------------------------------------------------------------------------
@@ -79,6 +80,12 @@ Result<void> Session::add_region(AddressRange memory, StoreOffset offset, PageSi
   serving_[*id] = {
       .lane = std::move(lane), .serial = ++last_serial_, .tag = tag, .shared = std::move(sharing.image)};
   populate_again_from(memory.start);
+  // Its pages were passed over.
+  if (prefetching_ != nullptr && !prefetching_->begun) prefetching_->next = 0;
+  if (options_.background != Background::off) {
+    prefetching().background = true;
+    prefetching().background_from = std::min(prefetching().background_from, memory.start);
+  }
   forget_dropped_regions();
   return {};
 }
@@ -125,6 +132,7 @@ void Session::wake_all() {
   bool all_read = true;
   bool all_served = true;
   bool populating = false;
+  bool bringing = false;
   if (!end_ && check_target_at_ns_ != 0 && check_target_at_ns_ <= host_.now_ns()) check_target();
   if (!end_) all_read = drain();
   // For the watchdog, in case that serving it does not come back from the kernel.
@@ -132,6 +140,9 @@ void Session::wake_all() {
   if (!end_ && !ending_ && !returned_.empty()) install_returned();
   if (!end_ && !ending_) all_served = serve_pending();
   if (!end_ && !ending_ && detaching_) populating = populate();
+  // What is asked for goes first.
+  if (prefetching_ != nullptr && !end_ && !ending_ && !detaching_ && all_read && all_served)
+    bringing = prefetch_step();
   if (!end_ && ending_ && all_read) finish_ending();
   if (!end_ && overflowed_ && pending_.size() < kPendingMax / 2) {
     overflowed_ = false;
@@ -141,13 +152,18 @@ void Session::wake_all() {
 
   Next next;
   if (end_) return next;
-  next.again = !all_read || !all_served || populating;
+  next.again = !all_read || !all_served || populating || bringing;
   const auto sooner = [&](std::int64_t at) {
     if (at != 0 && (next.wake_at_ns == 0 || at < next.wake_at_ns)) next.wake_at_ns = at;
   };
   for (const Pending& pending : pending_)
     if (pending.is_waiting()) sooner(pending.not_before_ns);
   if (detaching_) sooner(populate_not_before_ns_);
+  if (prefetching_ != nullptr && !detaching_) {
+    sooner(prefetching_->not_before_ns);
+    const bool waits = prefetching_->background && prefetching_->under_way == 0 && pending_.empty();
+    if (waits && prefetching_->background_at_ns > host_.now_ns()) sooner(prefetching_->background_at_ns);
+  }
   if (ending_) sooner(host_.now_ns() + kEndingRetryNs);
   sooner(check_target_at_ns_);
   sooner(read_not_before_ns_);
@@ -257,6 +273,7 @@ PendingWhy Session::why(const Pending& pending) {
   if (!read || *read != ReadStatus::done) return false;
   add(counters_.faults);
   add(counters_.bytes_read, buffer.size());
+  if (notes_wanted_) note_wanted(*segment, wanted);
   if (run.count == kOneGranule && !is_zero(buffer)) {
     const Outcome outcome = uffd_.copy(segment->address_of(wanted), buffer);
     if (outcome.stop == Stop::complete) {
@@ -449,6 +466,7 @@ void Session::apply(const ForkEvent& event) {
   if (segment->left_behind) return serve_left_behind(pending, *segment);
   const PageIndex wanted = segment->granule_at(pending.page);
   const bool shared = serving_[segment->region].shared != nullptr;
+  if (notes_wanted_ && pending.attempts == 0) note_wanted(*segment, wanted);
   const FaultPlan plan =
       plan_fault(state_.table(segment->region), *segment, wanted,
                  shared ? options_.shared_fault_around : options_.fault_around, lost(*segment));

@@ -5,7 +5,8 @@
 // named. So the same code runs under the engine's threads and, step by step, under a test's control. Threads:
 // one at a time; SessionCounters may be read from any. Invariants: a granule is `fetching` exactly while one
 // Fetch in fetches_ holds it; bytes are installed only where the granule is still `fetching` or has been
-// planned in the same step, so nothing that was removed, unmapped or moved while it was read arrives.
+// planned in the same step, or (see session_prefetch.cc) `absent`, so nothing that was removed, unmapped or
+// moved while it was read arrives.
 #pragma once
 
 #include <uffdkit/error.h>
@@ -16,6 +17,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -23,8 +25,11 @@
 #include <string>
 #include <vector>
 
+#include "engine/access_record.h"
 #include "engine/fetch.h"
+#include "engine/io_budget.h"
 #include "engine/plan.h"
+#include "engine/prefetch_order.h"
 #include "engine/session_state.h"
 #include "engine/shared_image.h"
 #include "engine/store_lane.h"
@@ -45,22 +50,31 @@ enum class PendingWhy : std::uint8_t {
 struct SessionCounters {
   static constexpr std::uint64_t kNoOffset = ~std::uint64_t{0};
 
-  std::atomic<std::uint64_t> faults{0};          // fault messages read
-  std::atomic<std::uint64_t> faults_merged{0};   // of these, for a page that was being brought already
-  std::atomic<std::uint64_t> events{0};          // remove, unmap and remap messages
-  std::atomic<std::uint64_t> pages_copied{0};    // 4 KiB pages filled with bytes
-  std::atomic<std::uint64_t> pages_zeroed{0};    // 4 KiB pages mapped as zero
-  std::atomic<std::uint64_t> pages_shared{0};    // 4 KiB pages shown from memory that clients share
-  std::atomic<std::uint64_t> pages_removed{0};   // 4 KiB pages given back by the client
-  std::atomic<std::uint64_t> pages_poisoned{0};  // 4 KiB pages that answer with SIGBUS
-  std::atomic<std::uint64_t> pages_outside{0};   // faults outside of every region, answered with zero
-  std::atomic<std::uint64_t> bytes_read{0};      // from the store
-  std::atomic<std::uint64_t> fetches{0};         // reads that had to wait for the store
-  std::atomic<std::uint64_t> retries{0};         // attempts that the kernel put off (EAGAIN, ENOMEM)
-  std::atomic<std::uint64_t> read_retries{0};    // reads tried again, because pages could not be read
-  std::atomic<std::uint64_t> read_errors{0};     // pages that the store could not give
-  std::atomic<std::uint64_t> pending{0};         // faults under way
-  std::atomic<std::int64_t> oldest_since_ns{0};  // when the oldest of them was read; 0 without one
+  std::atomic<std::uint64_t> faults{0};            // fault messages read
+  std::atomic<std::uint64_t> faults_merged{0};     // of these, for a page that was being brought already
+  std::atomic<std::uint64_t> events{0};            // remove, unmap and remap messages
+  std::atomic<std::uint64_t> pages_copied{0};      // 4 KiB pages filled with bytes
+  std::atomic<std::uint64_t> pages_zeroed{0};      // 4 KiB pages mapped as zero
+  std::atomic<std::uint64_t> pages_shared{0};      // 4 KiB pages shown from memory that clients share
+  std::atomic<std::uint64_t> pages_removed{0};     // 4 KiB pages given back by the client
+  std::atomic<std::uint64_t> pages_poisoned{0};    // 4 KiB pages that answer with SIGBUS
+  std::atomic<std::uint64_t> pages_outside{0};     // faults outside of every region, answered with zero
+  std::atomic<std::uint64_t> bytes_read{0};        // from the store
+  std::atomic<std::uint64_t> fetches{0};           // reads that had to wait for the store
+  std::atomic<std::uint64_t> retries{0};           // attempts that the kernel put off (EAGAIN, ENOMEM)
+  std::atomic<std::uint64_t> read_retries{0};      // reads tried again, because pages could not be read
+  std::atomic<std::uint64_t> read_errors{0};       // pages that the store could not give
+  std::atomic<std::uint64_t> pages_prefetched{0};  // 4 KiB pages filled before they were asked for
+  std::atomic<std::uint64_t> pages_background{0};  // likewise, of which nothing said that they would be
+  // Pages of the working set that were asked for before they came; pages that are not in it; those that were
+  // left out to see whether they are asked for, and of these those that were. See image::WorkingSetRun.
+  std::atomic<std::uint64_t> prefetch_late{0};
+  std::atomic<std::uint64_t> prefetch_missed{0};
+  std::atomic<std::uint64_t> prefetch_left_out{0};
+  std::atomic<std::uint64_t> prefetch_left_out_used{0};
+  std::atomic<std::uint64_t> prefetch_given_up{0};  // 1: for the sake of faults, or for want of memory
+  std::atomic<std::uint64_t> pending{0};            // faults under way
+  std::atomic<std::int64_t> oldest_since_ns{0};     // when the oldest of them was read; 0 without one
   // Of that one: its page's address, where its image has it (kNoOffset: nowhere), and why.
   std::atomic<std::uint64_t> oldest_page{0};
   std::atomic<std::uint64_t> oldest_offset{0};
@@ -126,12 +140,22 @@ enum class OnError : std::uint8_t {
   pause,   // likewise stopped, with the page left as it is until somebody calls resume()
 };
 
+// Whether what nobody has asked for is brought in the end.
+enum class Background : std::uint8_t {
+  off,
+  idle,  // while no fault comes
+  full,  // as fast as faults and the budget leave room
+};
+
 struct SessionOptions {
   // Pages of 4 KiB that come with a fault, its own included; a power of two, at most kFetchGranulesMax.
   PageCount fault_around{16};
   // The same for regions that share their image: what comes uncalled for takes memory once for all clients.
   PageCount shared_fault_around{64};
   OnError on_error = OnError::poison;
+  Background background = Background::off;
+  // Of what is read in the background, by all sessions that have it; nullptr: no limit.
+  std::shared_ptr<IoBudget> background_budget = nullptr;
 };
 
 // What an owner calls a region of its own; 0 for none. Region numbers are used again, this is not.
@@ -204,6 +228,15 @@ class Session {
   // The process that handed the memory over has exited: ends as `gone` if the memory went with it. Another
   // process's memory goes on being served, and is looked at again from time to time.
   void check_target();
+  // Notes the pages of this image that are asked for, from now on.
+  void record(std::shared_ptr<AccessRecord> pages, std::shared_ptr<StoreLane> lane) {
+    record_ = {.pages = std::move(pages), .lane = std::move(lane)};
+    notes_wanted_ = true;
+  }
+  // Brings these pages of that image as soon as no fault has to be served. `seed` says which few are left
+  // out, to see whether they are asked for.
+  void prefetch(std::shared_ptr<const PrefetchOrder> order, std::shared_ptr<StoreLane> lane,
+                std::uint64_t seed);
   // Gives back a fetch that has been read.
   void fetched(std::unique_ptr<Fetch> fetch) { returned_.push_back(std::move(fetch)); }
 
@@ -259,6 +292,44 @@ class Session {
     std::uint64_t serial;             // the region's; another one there means that the number was used again
     std::shared_ptr<StoreLane> lane;  // keeps it until the fetch is back
     PageRange granules;
+    std::int64_t since_ns;
+  };
+  struct Recording {
+    std::shared_ptr<AccessRecord> pages;
+    std::shared_ptr<StoreLane> lane;
+  };
+  // Bringing a working set, and the rest in the background.
+  struct Prefetching {
+    std::shared_ptr<const PrefetchOrder> order;  // nullptr where nothing was recorded
+    std::shared_ptr<StoreLane> lane;             // of that
+    std::uint64_t seed = 0;
+    std::size_t next = 0;                        // the first page of the order that was not looked at
+    bool begun = false;                          // something is or was under way
+    unsigned depth = 0;                          // batches that may be under way
+    unsigned under_way = 0;                      // that are
+    unsigned good = 0;                           // that came back since the depth changed
+    std::deque<std::unique_ptr<Fetch>> arrived;  // to be put into place
+    // Of the first of these: the piece that is put, what of it is, and what lies in the buffer before it.
+    std::size_t piece = 0;
+    PageCount done;
+    PageCount buffered;
+    std::int64_t not_before_ns = 0;  // the kernel put it off until then
+    unsigned attempts = 0;           // how often in a row
+    // In the background: what was not looked at begins there, when the next batch may be begun, and whether
+    // its bytes were taken from the budget.
+    bool background = false;
+    bool background_paid = false;
+    Address background_from{0};
+    std::int64_t background_at_ns = 0;
+    std::uint64_t faults_seen = 0;
+    std::int64_t last_fault_ns = 0;
+
+    bool has_order() const { return order != nullptr && next < order->pages().size(); }
+  };
+  // Where a page of the image is shown.
+  struct Place {
+    RegionId region;
+    PageRange granules;  // of its page
   };
 
   Lost lost(const Segment& segment) const;
@@ -337,6 +408,36 @@ class Session {
   PageRange zero_run(const Segment& segment, PageIndex from, PageIndex end);
   Put zero_all(AddressRange memory);
 
+  // ---- session_prefetch.cc: pages before they are asked for
+  // A page is asked for that may not be there: for who records, and who wants to know what prefetching is
+  // good for.
+  void note_wanted(const Segment& segment, PageIndex granule);
+  bool is_left_out(PageIndex image_page) const;
+  std::optional<Place> place_of(PageIndex image_page) const;
+  bool is_untouched(RegionId region, PageRange granules);
+  // True if there is more to do at once.
+  bool prefetch_step();
+  Prefetching& prefetching();
+  // Starts batches; true if there are more to be started at once.
+  bool start_batches();
+  // False if enough was looked at in this step.
+  bool start_batch_of_order();
+  // False if nothing of it can be begun now.
+  bool start_background_batch();
+  // Whether a batch may be begun in the background now; if not, its time is noted.
+  bool may_start_in_background();
+  // Hands these to the region's lane; `granules` of them are read. False if there is no memory.
+  bool submit(RegionId region, std::vector<FetchPiece> pieces, std::size_t granules, Urgency urgency);
+  void prefetched(std::unique_ptr<Fetch> fetch);
+  // A fault's read is back that was begun then.
+  void came_late(std::int64_t since_ns);
+  void stop_prefetching();
+  // Puts some of what has arrived into place.
+  void install_arrived();
+  // Puts pages of `rest` into place, whose first one lies in page `at` of the fetch's buffer, as far as they
+  // go together and up to `granules_max`; how many were passed. 0: not now.
+  PageCount install_run(Fetch& fetch, PageRange rest, std::uint64_t at, std::size_t granules_max);
+
   // Goes on bringing everything in; true if there is more to do at once.
   bool populate();
   // Condemns the run that begins with `first`, and goes behind it; false if the kernel put it off.
@@ -381,6 +482,9 @@ class Session {
   std::vector<std::unique_ptr<Fetch>> returned_;
   std::vector<UnderWay> fetches_;
   std::uint64_t last_fetch_ = 0;
+  Recording record_;
+  std::unique_ptr<Prefetching> prefetching_;
+  bool notes_wanted_ = false;  // one of these is there
 
   std::int64_t check_target_at_ns_ = 0;  // 0: never
   std::int64_t target_check_ns_ = 0;     // the pause before it

@@ -1,6 +1,6 @@
 // What the parts of Session share: small helpers and a limit. The parts are session.cc (steps, messages and
-// faults: all that a served fault runs), session_fetches.cc, session_populate.cc, session_ending.cc and
-// session_shared.cc.
+// faults: all that a served fault runs), session_fetches.cc, session_prefetch.cc, session_populate.cc,
+// session_ending.cc and session_shared.cc.
 #pragma once
 
 #include <fmt/format.h>

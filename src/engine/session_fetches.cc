@@ -43,8 +43,12 @@ std::uint64_t Session::start_fetch(const Segment& segment, PageRange run) {
   PageTable& table = state_.table(segment.region);
   for (PageIndex granule = run.first; granule < run.end(); granule = granule + kOneGranule)
     if (!reads_as_zero(table.get(granule))) table.set(granule, PageState::fetching);
-  fetches_.push_back(
-      {.id = fetch->id, .region = segment.region, .serial = serial, .lane = lane, .granules = run});
+  fetches_.push_back({.id = fetch->id,
+                      .region = segment.region,
+                      .serial = serial,
+                      .lane = lane,
+                      .granules = run,
+                      .since_ns = host_.now_ns()});
   add(counters_.fetches);
   host_.start_fetch(*lane, std::move(fetch));
   return last_fetch_;
@@ -52,6 +56,10 @@ std::uint64_t Session::start_fetch(const Segment& segment, PageRange run) {
 
 void Session::install_returned() {
   for (std::unique_ptr<Fetch>& fetch : std::exchange(returned_, {})) {
+    if (fetch->urgency != Urgency::demand) {
+      prefetched(std::move(fetch));
+      continue;
+    }
     install(std::move(fetch));
     if (end_) return;
   }
@@ -63,6 +71,7 @@ void Session::install(std::unique_ptr<Fetch> read) {
   CHECK(found != fetches_.end());
   const UnderWay fetch = std::move(*found);
   fetches_.erase(found);
+  came_late(fetch.since_ns);
   for (Pending& pending : pending_) pending.blocked = false;
   if (!read->shared) add(counters_.bytes_read, read->bytes().value);
   add(counters_.read_retries, read->retries);

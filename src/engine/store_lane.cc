@@ -1,12 +1,14 @@
 #include "engine/store_lane.h"
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -17,6 +19,10 @@ namespace uffdkit {
 namespace {
 
 constexpr std::chrono::seconds kIdleTime{5};
+// Threads that may read what nobody waits for, so that one is there for who does.
+constexpr unsigned kUnaskedThreadsMax = StoreLane::kThreadsMax / 2;
+// And such reads that wait for one.
+constexpr std::size_t kUnaskedQueuedMax = 32;
 
 struct Job {
   std::unique_ptr<Fetch> fetch;
@@ -28,11 +34,29 @@ struct Job {
 struct StoreLane::Shared {
   explicit Shared(ReadRetries how) : retries(how) {}
 
+  // With `mutex` held: the most urgent job that may be begun now, if there is one.
+  std::optional<Job> take() {
+    for (std::deque<Job>& queue : queues) {
+      const bool asked = &queue == queues.data();
+      if (queue.empty() || (!asked && unasked == kUnaskedThreadsMax)) continue;
+      if (!asked) ++unasked;
+      Job job = std::move(queue.front());
+      queue.pop_front();
+      return job;
+    }
+    return std::nullopt;
+  }
+  bool may_begin() const {
+    const bool waits = !queues[1].empty() || !queues[2].empty();
+    return !queues[0].empty() || (waits && unasked < kUnaskedThreadsMax);
+  }
+  void push(Job job) { queues[static_cast<std::size_t>(job.fetch->urgency)].push_back(std::move(job)); }
+
   // Queues what is due, with `mutex` held; says when to look again.
   std::chrono::steady_clock::time_point queue_what_is_due() {
     const auto now = std::chrono::steady_clock::now();
     while (!later.empty() && later.begin()->first <= now) {
-      queue.push_back(std::move(later.begin()->second));
+      push(std::move(later.begin()->second));
       later.erase(later.begin());
     }
     return later.empty() ? now + kIdleTime : std::min(later.begin()->first, now + kIdleTime);
@@ -41,10 +65,11 @@ struct StoreLane::Shared {
   const ReadRetries retries;
   std::mutex mutex;
   std::condition_variable work;
-  std::deque<Job> queue;
+  std::array<std::deque<Job>, 3> queues;                            // by Urgency
   std::multimap<std::chrono::steady_clock::time_point, Job> later;  // to be tried again
   unsigned threads = 0;
   unsigned idle = 0;
+  unsigned unasked = 0;  // threads that read what no fault waits for
   bool closed = false;
 };
 
@@ -76,7 +101,7 @@ bool StoreLane::start_thread(const std::shared_ptr<Shared>& shared) {
 StoreLane::~StoreLane() {
   const std::lock_guard lock(shared_->mutex);
   shared_->closed = true;
-  shared_->queue.clear();
+  for (auto& queue : shared_->queues) queue.clear();
   shared_->later.clear();
   shared_->work.notify_all();
 }
@@ -85,30 +110,46 @@ void StoreLane::submit(std::unique_ptr<Fetch> fetch, std::weak_ptr<FetchSink> si
   bool start = false;
   {
     const std::lock_guard lock(shared_->mutex);
-    shared_->queue.push_back({std::move(fetch), std::move(sink)});
-    start = shared_->idle < shared_->queue.size() && shared_->threads < kThreadsMax;
+    shared_->push({std::move(fetch), std::move(sink)});
+    std::size_t waiting = 0;
+    for (const auto& queue : shared_->queues) waiting += queue.size();
+    start = shared_->idle < waiting && shared_->threads < kThreadsMax;
     if (start) ++shared_->threads;
   }
   // Without a further thread the work waits for one of those that are there.
   if (!start || !start_thread(shared_)) shared_->work.notify_one();
 }
 
+bool StoreLane::takes_unasked() const {
+  const std::lock_guard lock(shared_->mutex);
+  return shared_->queues[1].size() + shared_->queues[2].size() < kUnaskedQueuedMax;
+}
+
 void StoreLane::run(std::shared_ptr<Shared> shared) {
   std::unique_lock lock(shared->mutex);
   while (!shared->closed) {
     const auto look_again = shared->queue_what_is_due();
-    if (shared->queue.empty()) {
+    std::optional<Job> taken = shared->take();
+    if (!taken) {
       ++shared->idle;
       const bool woken =
-          shared->work.wait_until(lock, look_again, [&] { return shared->closed || !shared->queue.empty(); });
+          shared->work.wait_until(lock, look_again, [&] { return shared->closed || shared->may_begin(); });
       --shared->idle;
       if (!woken && shared->threads > 1 && shared->later.empty()) break;
       continue;
     }
-    Job job = std::move(shared->queue.front());
-    shared->queue.pop_front();
+    Job job = *std::move(taken);
     lock.unlock();
     Fetch& fetch = *job.fetch;
+    if (fetch.urgency != Urgency::demand) {
+      // What cannot be read now is tried again when somebody asks for it.
+      read_fetch(fetch);
+      if (const auto sink = job.sink.lock()) sink->fetched(std::move(job.fetch));
+      job = {};
+      lock.lock();
+      --shared->unasked;
+      continue;
+    }
     fetch.failed.any() ? read_failed_again(fetch) : read_fetch(fetch);
     if (fetch.failed.any() && fetch.retries < shared->retries.count && !job.sink.expired()) {
       const auto pause = shared->retries.first_pause * (1u << (2 * std::min(fetch.retries, 8u)));

@@ -2,8 +2,10 @@
 //
 // Each store has a lane of its own, so that a slow or stuck store holds up nobody but its own readers. The
 // first thread stays as long as the lane; more are started when they are needed, up to kThreadsMax, and leave
-// after some idle seconds. Threads: submit() from any. Lifetime: destruction does not wait for a read that is
-// stuck in the store; that thread keeps what it needs and leaves when the store answers.
+// after some idle seconds. What a fault waits for goes first, then what is expected to be asked for, then the
+// rest; half of the threads are kept for the first. Threads: submit() from any. Lifetime: destruction does
+// not wait for a read that is stuck in the store; that thread keeps what it needs and leaves when the store
+// answers.
 #pragma once
 
 #include <uffdkit/store.h>
@@ -41,6 +43,9 @@ class StoreLane {
   // Reads `fetch` on a thread of the lane, then hands it to `sink` if that still exists. The queue is as long
   // as the sessions' own limits on fetches allow.
   void submit(std::unique_ptr<Fetch> fetch, std::weak_ptr<FetchSink> sink);
+  // Whether more may be submitted that no fault waits for: so many sessions do not fill the memory with what
+  // is not needed now.
+  bool takes_unasked() const;
 
  private:
   struct Shared;

@@ -80,6 +80,7 @@ ImageFile::ImageFile(std::uint64_t file_bytes, std::shared_ptr<Store> frames,
                      std::shared_ptr<FrameCache> cache, Contents contents)
     : file_bytes_(file_bytes),
       frames_(std::move(frames)),
+      frames_ahead_(dynamic_cast<ReadAhead*>(frames_.get())),
       cache_(std::move(cache)),
       record_(std::move(contents.record)) {
   stream_starts_.reserve(contents.frames.size() + 1);
@@ -118,6 +119,17 @@ Result<ReadStatus> ImageFile::read_stream(std::uint64_t from, std::span<std::byt
     from += taken;
   }
   return ReadStatus::done;
+}
+
+void ImageFile::will_need(std::uint64_t from, std::uint64_t bytes) noexcept {
+  const std::uint64_t end = std::min(from + bytes, stream_bytes());
+  if (frames_ahead_ == nullptr || from >= end) return;
+  auto frame =
+      static_cast<std::size_t>(std::ranges::upper_bound(stream_starts_, from) - stream_starts_.begin() - 1);
+  const std::size_t first = frame;
+  while (frame < frame_count() && stream_starts_[frame] < end) ++frame;
+  frames_ahead_->will_need(StoreOffset(file_starts_[first]),
+                           ByteCount(file_starts_[frame] - file_starts_[first]));
 }
 
 Result<ReadStatus> ImageFile::decode_frame(std::size_t frame, std::span<std::byte> to, Wait wait) noexcept {

@@ -12,6 +12,7 @@
 
 #include "image/format.h"
 #include "image/frame_cache.h"
+#include "store/read_ahead.h"
 
 namespace uffdkit::image {
 
@@ -46,6 +47,9 @@ class ImageFile final : public FrameSource {
   // that are longer than a frame's size must not be asked for.
   Result<ReadStatus> read_stream(std::uint64_t from, std::span<std::byte> to, Wait wait) noexcept;
 
+  // Has the disk read ahead the frames that hold these bytes of the stream.
+  void will_need(std::uint64_t from, std::uint64_t bytes) noexcept;
+
   // Decompresses a frame and checks it; also one of zeros of any length, for which `to` is left alone. For
   // others `to` has frame_bytes().
   Result<ReadStatus> decode_frame(std::size_t frame, std::span<std::byte> to, Wait wait) noexcept override;
@@ -59,6 +63,7 @@ class ImageFile final : public FrameSource {
 
   const std::uint64_t file_bytes_;
   const std::shared_ptr<Store> frames_;
+  ReadAhead* const frames_ahead_;  // the same; nullptr if it cannot be told
   const std::shared_ptr<FrameCache> cache_;
   const Record record_;
   // Where each frame begins, in the stream and in the file, and the end of the last.

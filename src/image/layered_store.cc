@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "store/read_ahead.h"
 
 namespace uffdkit::image {
 namespace {
@@ -54,7 +55,7 @@ void append_slice(std::vector<Segment>& to, const std::vector<Segment>& from, st
     append(to, segment->without(page > segment->page ? page - segment->page : 0));
 }
 
-class LayeredStore final : public Store {
+class LayeredStore final : public Store, public ReadAhead {
  public:
   LayeredStore(std::string name, std::vector<std::shared_ptr<ImageFile>> layers,
                std::vector<Segment> segments)
@@ -93,6 +94,18 @@ class LayeredStore final : public Store {
       to = to.subspan(part.size());
     }
     return ReadStatus::done;
+  }
+
+  void will_need(StoreOffset from, ByteCount bytes) noexcept override {
+    std::uint64_t at = from.value;
+    const std::uint64_t end = std::min(at + bytes.value, bytes_);
+    for (auto segment = segment_at(at); at < end; ++segment) {
+      const std::uint64_t part_end = std::min(end, start_of(segment + 1));
+      if (segment->layer() != Segment::kZero)
+        layers_[segment->layer()]->will_need(
+            segment->stream_page() * kPageBytes + (at - segment->page * kPageBytes), part_end - at);
+      at = part_end;
+    }
   }
 
  private:

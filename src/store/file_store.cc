@@ -21,6 +21,8 @@
 #include <utility>
 #include <vector>
 
+#include "store/read_ahead.h"
+
 namespace uffdkit {
 namespace {
 
@@ -124,7 +126,7 @@ class HoleFinder {
   std::jthread finder_;  // last: it uses the others
 };
 
-class FileStore final : public Store, public SignalSafeStore {
+class FileStore final : public Store, public SignalSafeStore, public ReadAhead {
  public:
   FileStore(UniqueFd fd, std::string name, std::uint64_t file_bytes)
       : fd_(std::move(fd)),
@@ -140,6 +142,10 @@ class FileStore final : public Store, public SignalSafeStore {
   Result<ReadStatus> read(StoreOffset from, std::span<std::byte> to, Wait wait) noexcept override {
     const std::span<std::byte> stored = zero_beyond_the_end(from, to);
     return wait == Wait::no ? read_cached(from, stored) : read_all(from, stored);
+  }
+  void will_need(StoreOffset from, ByteCount bytes) noexcept override {
+    (void)::posix_fadvise(fd_.get(), static_cast<off_t>(from.value), static_cast<off_t>(bytes.value),
+                          POSIX_FADV_WILLNEED);
   }
   int read_in_handler(StoreOffset from, std::span<std::byte> to) noexcept override {
     const std::span<std::byte> stored = zero_beyond_the_end(from, to);

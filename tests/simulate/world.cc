@@ -282,8 +282,21 @@ class World {
   void serve(Client& client, Uffd uffd, SessionState state, std::vector<std::shared_ptr<StoreLane>> lanes) {
     client.session = std::make_unique<Session>(
         std::move(uffd), std::move(state), std::move(lanes),
-        SessionOptions{.fault_around = PageCount(std::uint64_t{1} << draw(5))}, client);
+        SessionOptions{.fault_around = PageCount(std::uint64_t{1} << draw(5)),
+                       .background = one_in(4) ? Background::full : Background::off},
+        client);
+    if (one_in(2)) prefetch(client);
     client.next = {.again = true};
+  }
+
+  // Pages of the image in any order are brought before they are asked for.
+  void prefetch(Client& client) {
+    std::vector<std::uint32_t> order;
+    for (std::uint64_t page = draw(4); page < kImagePages; page += 1 + draw(4))
+      order.push_back(static_cast<std::uint32_t>(page));
+    std::ranges::shuffle(order, random_);
+    note(fmt::format("process {} is brought {} pages", client.process.pid(), order.size()));
+    client.session->prefetch(std::make_shared<PrefetchOrder>(std::move(order)), lane_, draw(1000));
   }
 
   // ---- what happens

@@ -1,0 +1,386 @@
+// Pages before they are asked for: those of a working set, in its order; then, in the background, the others.
+//
+// What is under way here holds no page: its pages stay `absent`, so that a fault for one of them is served as
+// if nobody had thought of it before. When the bytes are there, they are put where pages are `absent` still.
+// A page that was asked for, removed, or cannot be read meanwhile is no longer `absent`; pages keep their
+// states where they are moved; and what is unmapped lies in no segment. So nothing that is gone comes back.
+#include "engine/session.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <new>
+#include <utility>
+
+#include "base/check.h"
+#include "engine/session_detail.h"
+
+namespace uffdkit {
+namespace {
+
+// Pages that are read together: enough to keep a disk busy, and not so many that a fault which needs the disk
+// waits long.
+constexpr std::size_t kPagesPerBatch = 64;
+// Pages put into place in one step, then messages are read again: some 40 us.
+constexpr std::size_t kInstalledPerStep = 16;
+// Pages of the order that are looked at in one step.
+constexpr std::size_t kLookedAtPerStep = 1024;
+// Page states, likewise, in the background.
+constexpr std::uint64_t kScannedPerStep = 1u << 14;
+// How long no fault must have come for a session to be idle.
+constexpr std::int64_t kIdleNs = 50'000'000;
+// Batches that may be under way: at first, and at most.
+constexpr unsigned kDepthFirst = 4;
+constexpr unsigned kDepthMax = 8;
+// A fault that had to wait for the store so long while batches were under way was late: half as many from
+// then on, and at last none. So many batches without one, and there may be one more.
+constexpr std::int64_t kLateNs = 20'000'000;
+constexpr unsigned kGoodBatches = 16;
+// One page in so many of a working set is left out, to see whether it is asked for.
+constexpr std::uint64_t kLeftOutOf = 128;
+// A layout of more segments is not searched for each page.
+constexpr std::size_t kSegmentsSearchedMax = 256;
+// How often in a row putting pages into place is tried while the client changes its memory.
+constexpr unsigned kPutOffMax = 50;
+
+// When a lane is looked at again that had no room.
+constexpr std::int64_t kLaneFullRetryNs = 5'000'000;
+
+// A number that has nothing to do with the page's place.
+std::uint64_t mixed(std::uint64_t number) {
+  number = (number ^ number >> 30) * 0xbf58476d1ce4e5b9;
+  number = (number ^ number >> 27) * 0x94d049bb133111eb;
+  return number ^ number >> 31;
+}
+
+}  // namespace
+
+using namespace session;
+
+void Session::prefetch(std::shared_ptr<const PrefetchOrder> order, std::shared_ptr<StoreLane> lane,
+                       std::uint64_t seed) {
+  prefetching().order = std::move(order);
+  prefetching().lane = std::move(lane);
+  prefetching().seed = seed;
+  notes_wanted_ = true;
+}
+
+Session::Prefetching& Session::prefetching() {
+  if (prefetching_ == nullptr) {
+    prefetching_ = std::make_unique<Prefetching>();
+    prefetching_->depth = kDepthFirst;
+  }
+  return *prefetching_;
+}
+
+bool Session::is_left_out(PageIndex image_page) const {
+  return mixed(image_page.value + prefetching_->seed) % kLeftOutOf == 0;
+}
+
+void Session::note_wanted(const Segment& segment, PageIndex granule) {
+  const RegionServing& serving = serving_[segment.region];
+  const PageIndex page(kPage4K.pages(ByteCount(offset_of(segment, granule).value)).value);
+  // What was asked for before is no news.
+  if (state_.table(segment.region).get(granule) != PageState::absent) return;
+  if (record_.pages && serving.lane == record_.lane) record_.pages->wanted(page);
+  if (prefetching_ == nullptr || !prefetching_->order || serving.lane != prefetching_->lane) return;
+  if (!prefetching_->order->has(page)) return add(counters_.prefetch_missed);
+  add(is_left_out(page) ? counters_.prefetch_left_out_used : counters_.prefetch_late);
+}
+
+// The segment that shows a page of the image which nobody has asked for.
+std::optional<Session::Place> Session::place_of(PageIndex image_page) const {
+  const std::uint64_t offset = kPage4K.bytes(PageCount(image_page.value)).value;
+  for (const Segment& segment : state_.layout().segments()) {
+    if (segment.region == kZeroRegion || segment.left_behind ||
+        serving_[segment.region].lane != prefetching_->lane)
+      continue;
+    const std::uint64_t first = offset_of(segment, segment.first).value;
+    if (offset < first || offset - first >= segment.memory.length.value) continue;
+    const PageIndex granule = segment.first + kPage4K.pages(ByteCount(offset - first));
+    return Place{.region = segment.region, .granules = page_of(segment, granule)};
+  }
+  return std::nullopt;
+}
+
+bool Session::is_untouched(RegionId region, PageRange granules) {
+  const PageTable& table = state_.table(region);
+  return table.end_of_run(granules.first, granules.end(), PageState::absent) == granules.end();
+}
+
+bool Session::prefetch_step() {
+  Prefetching& prefetching = *prefetching_;
+  if (prefetching.not_before_ns > host_.now_ns()) return false;
+  prefetching.not_before_ns = 0;
+  install_arrived();
+  if (end_) return false;
+  // What was put into place has made room.
+  const bool more = start_batches();
+  return prefetching.not_before_ns == 0 && (more || !prefetching.arrived.empty());
+}
+
+bool Session::start_batches() {
+  Prefetching& prefetching = *prefetching_;
+  if (state_.layout().segments().size() > kSegmentsSearchedMax) return stop_prefetching(), false;
+  const auto outstanding = [&] { return prefetching.under_way + prefetching.arrived.size(); };
+  const auto has_room = [&] { return outstanding() < prefetching.depth; };
+  while (has_room() && prefetching.has_order()) {
+    const std::optional<Place> next = place_of(PageIndex(prefetching.order->pages()[prefetching.next]));
+    // One at a time, since others of the order may lie in it too.
+    if (next && next->granules.count > kOneGranule && outstanding() > 0) return false;
+    if (!prefetching.lane->takes_unasked()) {
+      // Others have their turn. What is under way comes back by itself.
+      if (prefetching.under_way == 0 && prefetching.arrived.empty())
+        prefetching.not_before_ns = host_.now_ns() + kLaneFullRetryNs;
+      return false;
+    }
+    if (!start_batch_of_order()) return prefetching.has_order();
+  }
+  while (has_room() && prefetching.background && !prefetching.has_order())
+    if (!may_start_in_background() || !start_background_batch()) break;
+  return false;
+}
+
+bool Session::start_batch_of_order() {
+  Prefetching& prefetching = *prefetching_;
+  const std::vector<std::uint32_t>& pages = prefetching.order->pages();
+  std::vector<FetchPiece> pieces;
+  std::size_t granules = 0;
+  std::size_t looked_at = 0;
+  RegionId region = kZeroRegion;
+  for (; prefetching.next < pages.size() && looked_at < kLookedAtPerStep; ++prefetching.next, ++looked_at) {
+    const PageIndex page(pages[prefetching.next]);
+    const std::optional<Place> place = place_of(page);
+    // Regions that share the image's memory get it by their faults.
+    if (!place || serving_[place->region].shared || !is_untouched(place->region, place->granules)) continue;
+    const bool is_huge = place->granules.count > kOneGranule;
+    if (is_huge && prefetching.under_way + prefetching.arrived.size() > 0) break;
+    const bool is_other = region != kZeroRegion && place->region != region;
+    if (is_other || (granules > 0 && granules + place->granules.count.value > kPagesPerBatch)) break;
+    region = place->region;
+    // One that is left out comes from the page cache when it is asked for.
+    const bool left_out = !is_huge && is_left_out(page);
+    if (left_out) add(counters_.prefetch_left_out);
+    const StoreOffset from =
+        state_.regions()[region].offset + kPage4K.bytes(PageCount(place->granules.first.value));
+    pieces.push_back({.from = from, .granules = place->granules, .read = !left_out});
+    if (!left_out) granules += place->granules.count.value;
+  }
+  if (pieces.empty()) return looked_at < kLookedAtPerStep;
+
+  std::ranges::sort(pieces, {}, [](const FetchPiece& piece) { return piece.granules.first; });
+  std::vector<FetchPiece> joined;
+  for (const FetchPiece& piece : pieces) {
+    // A huge page that is named twice.
+    if (!joined.empty() && piece.granules.first < joined.back().granules.end()) {
+      granules -= piece.granules.count.value;
+      continue;
+    }
+    if (!joined.empty() && joined.back().granules.end() == piece.granules.first &&
+        joined.back().read == piece.read)
+      joined.back().granules.count = joined.back().granules.count + piece.granules.count;
+    else
+      joined.push_back(piece);
+  }
+  return submit(region, std::move(joined), granules, Urgency::prefetch);
+}
+
+bool Session::may_start_in_background() {
+  Prefetching& prefetching = *prefetching_;
+  const std::int64_t now = host_.now_ns();
+  // What is asked for has the disk.
+  if (!pending_.empty()) return false;
+  const std::uint64_t faults = counters_.faults.load(std::memory_order_relaxed);
+  if (std::exchange(prefetching.faults_seen, faults) != faults) prefetching.last_fault_ns = now;
+  const std::int64_t quiet_at =
+      options_.background == Background::idle ? prefetching.last_fault_ns + kIdleNs : 0;
+  if (prefetching.background_at_ns <= now && quiet_at > now) {
+    prefetching.background_at_ns = quiet_at;
+    return false;
+  }
+  if (prefetching.background_at_ns > now) return false;
+  prefetching.background_at_ns = 0;
+  return true;
+}
+
+bool Session::start_background_batch() {
+  Prefetching& prefetching = *prefetching_;
+  const auto segments = state_.layout().segments();
+  std::uint64_t looked_at = 0;
+  while (looked_at < kScannedPerStep) {
+    const auto segment = std::ranges::find_if(
+        segments, [&](const Segment& each) { return each.memory.end() > prefetching.background_from; });
+    if (segment == segments.end()) {
+      prefetching.background = false;
+      return false;
+    }
+    const RegionId region = segment->region;
+    if (region == kZeroRegion || segment->left_behind || serving_[region].shared) {
+      prefetching.background_from = segment->memory.end();
+      continue;
+    }
+    const PageCount page = granules_per_page(*segment);
+    const PageIndex from =
+        page_of(*segment, segment->granule_at(std::max(prefetching.background_from, segment->memory.start)))
+            .first;
+    const PageIndex end = segment->granules().end();
+    Store& store = *serving_[region].lane->store();
+    // A hole costs nothing when it is asked for.
+    const Extent extent = store.extent_at(offset_of(*segment, from));
+    const std::uint64_t of_kind = kPage4K.pages(extent.end - offset_of(*segment, from)).value;
+    if (extent.zero && of_kind >= page.value) {
+      looked_at += page.value;
+      prefetching.background_from =
+          segment->address_of(std::min(end, from + PageCount(of_kind / page.value * page.value)));
+      continue;
+    }
+    // Not on into a hole.
+    const PageIndex run_end =
+        std::min(end, from + std::max(PageCount(of_kind / page.value * page.value), page));
+    PageRange run{from, PageCount(0)};
+    while (run.end() < run_end && run.count + page <= std::max(PageCount(kPagesPerBatch), page) &&
+           is_untouched(region, {run.end(), page}))
+      run.count = run.count + page;
+    looked_at += std::max(run.count, page).value;
+    prefetching.background_from = segment->address_of(run.count.value > 0 ? run.end() : from + page);
+    if (run.count.value == 0) continue;
+    if (!serving_[region].lane->takes_unasked()) {
+      prefetching.background_from = segment->address_of(from);
+      prefetching.background_at_ns = host_.now_ns() + kLaneFullRetryNs;
+      return false;
+    }
+    const std::int64_t now = host_.now_ns();
+    if (options_.background_budget && !std::exchange(prefetching.background_paid, true))
+      prefetching.background_at_ns = options_.background_budget->take(kPage4K.bytes(run.count), now);
+    if (prefetching.background_at_ns > now) {
+      prefetching.background_from = segment->address_of(from);
+      return false;
+    }
+    prefetching.background_paid = false;
+    return submit(region, {{.from = offset_of(*segment, run.first), .granules = run}}, run.count.value,
+                  Urgency::background);
+  }
+  // The next step goes on.
+  prefetching.background_at_ns = host_.now_ns() + 1;
+  return false;
+}
+
+bool Session::submit(RegionId region, std::vector<FetchPiece> pieces, std::size_t granules, Urgency urgency) {
+  Prefetching& prefetching = *prefetching_;
+  CHECK(granules <= kFetchGranulesMax);
+  const std::shared_ptr<StoreLane>& lane = serving_[region].lane;
+  auto fetch = std::make_unique<Fetch>();
+  fetch->buffer.reset(new (std::nothrow) std::byte[kPage4K.bytes(PageCount(granules)).value]);
+  // Without memory for it there is none for what is not needed now.
+  if (!fetch->buffer) return stop_prefetching(), false;
+  fetch->id = 0;
+  fetch->granules = PageCount(granules);
+  fetch->from = pieces.front().from;
+  fetch->store = lane->store();
+  fetch->urgency = urgency;
+  fetch->pieces = std::move(pieces);
+  fetch->region = region;
+  fetch->region_serial = serving_[region].serial;
+  prefetching.begun = true;
+  ++prefetching.under_way;
+  host_.start_fetch(*lane, std::move(fetch));
+  return true;
+}
+
+void Session::prefetched(std::unique_ptr<Fetch> fetch) {
+  if (prefetching_ == nullptr) return;
+  --prefetching_->under_way;
+  add(counters_.bytes_read, fetch->bytes().value);
+  prefetching_->arrived.push_back(std::move(fetch));
+  if (prefetching_->depth == 0 || ++prefetching_->good < kGoodBatches) return;
+  prefetching_->good = 0;
+  prefetching_->depth = std::min(prefetching_->depth + 1, kDepthMax);
+}
+
+void Session::came_late(std::int64_t since_ns) {
+  if (prefetching_ == nullptr || prefetching_->under_way == 0 || host_.now_ns() - since_ns < kLateNs) return;
+  prefetching_->good = 0;
+  prefetching_->depth /= 2;
+  if (prefetching_->depth == 0) stop_prefetching();
+}
+
+void Session::stop_prefetching() {
+  if (prefetching_->has_order()) add(counters_.prefetch_given_up);
+  if (prefetching_->order) prefetching_->next = prefetching_->order->pages().size();
+  prefetching_->background = false;
+  prefetching_->depth = 0;
+}
+
+void Session::install_arrived() {
+  Prefetching& prefetching = *prefetching_;
+  std::size_t left = kInstalledPerStep;
+  while (left > 0 && !prefetching.arrived.empty()) {
+    Fetch& fetch = *prefetching.arrived.front();
+    const bool is_current = serving_[fetch.region].serial == fetch.region_serial;
+    if (!is_current || prefetching.piece == fetch.pieces.size()) {
+      prefetching.arrived.pop_front();
+      prefetching.piece = 0;
+      prefetching.done = PageCount(0);
+      prefetching.buffered = PageCount(0);
+      continue;
+    }
+    const FetchPiece& piece = fetch.pieces[prefetching.piece];
+    if (!piece.read || prefetching.done == piece.granules.count) {
+      if (piece.read) prefetching.buffered = prefetching.buffered + piece.granules.count;
+      ++prefetching.piece;
+      prefetching.done = PageCount(0);
+      continue;
+    }
+    const PageRange rest{piece.granules.first + prefetching.done, piece.granules.count - prefetching.done};
+    const std::uint64_t at = (prefetching.buffered + prefetching.done).value;
+    const PageCount passed = install_run(fetch, rest, at, left);
+    if (end_ || passed.value == 0) return;
+    prefetching.done = prefetching.done + passed;
+    left -= std::min<std::size_t>(left, passed.value);
+  }
+}
+
+PageCount Session::install_run(Fetch& fetch, PageRange rest, std::uint64_t at, std::size_t granules_max) {
+  Prefetching& prefetching = *prefetching_;
+  const Segment* segment = state_.layout().find(fetch.region, rest.first);
+  // Unmapped meanwhile.
+  if (segment == nullptr) return kOneGranule;
+  const PageCount page = granules_per_page(*segment);
+  const PageIndex end = std::min(rest.end(), segment->granules().end());
+  // What was left of a huge page when it was cut.
+  if (end - rest.first < page || page_of(*segment, rest.first).first != rest.first) return kOneGranule;
+  const auto may_put = [&](PageIndex first) {
+    return is_untouched(fetch.region, {first, page}) && !fetch.failed[at + (first - rest.first).value];
+  };
+  if (!may_put(rest.first)) return page;
+  PageRange run{rest.first, page};
+  while (run.count.value < granules_max && run.end() + page <= end && may_put(run.end()))
+    run.count = run.count + page;
+  const std::span<std::byte> bytes(fetch.buffer.get() + kPage4K.bytes(PageCount(at)).value,
+                                   kPage4K.bytes(run.count).value);
+  switch (install_part(*segment, run, bytes, std::nullopt)) {
+    case Put::gone:
+      finish(SessionEnd::gone);
+      return run.count;
+    case Put::no_memory:
+      // It is better kept for what is asked for.
+      stop_prefetching();
+      prefetching.arrived.clear();
+      prefetching.piece = 0;
+      prefetching.done = prefetching.buffered = PageCount(0);
+      return PageCount(0);
+    case Put::put_off:
+      if (++prefetching.attempts > kPutOffMax) break;
+      prefetching.not_before_ns = host_.now_ns() + put_off_ns(prefetching.attempts);
+      return PageCount(0);
+    case Put::done:
+    case Put::failed:
+      break;
+  }
+  prefetching.attempts = 0;
+  const PageTable& table = state_.table(fetch.region);
+  add(fetch.urgency == Urgency::prefetch ? counters_.pages_prefetched : counters_.pages_background,
+      (table.end_of_run(run.first, run.end(), PageState::installed) - run.first).value);
+  return run.count;
+}
+
+}  // namespace uffdkit

@@ -1,0 +1,17 @@
+// A store that can be told what will be read from it soon, so that it comes from the disk while others are
+// read. Found by dynamic_cast; a store without it is read as it is.
+#pragma once
+
+#include <uffdkit/units.h>
+
+namespace uffdkit {
+
+class ReadAhead {
+ public:
+  virtual ~ReadAhead() = default;
+  // [from, from + bytes), within the store's size, is read soon. A hint: nothing comes of an error. May wait
+  // for the disk's queue, not for the bytes. Threads: any.
+  virtual void will_need(StoreOffset from, ByteCount bytes) noexcept = 0;
+};
+
+}  // namespace uffdkit
