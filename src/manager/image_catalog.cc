@@ -26,8 +26,10 @@ bool is_plain(std::string_view path) {
 
 }  // namespace
 
-ImageCatalog::ImageCatalog(ReadRetries retries, std::vector<StoreFault> faults, ByteCount cache_bytes)
+ImageCatalog::ImageCatalog(ReadRetries retries, std::vector<StoreFault> faults, ByteCount cache_bytes,
+                           WorkingSets working_sets)
     : retries_(retries),
+      working_sets_(working_sets),
       opener_(std::make_shared<image::FrameCache>(cache_bytes),
               [faults = std::move(faults)](std::shared_ptr<Store> file) {
                 return make_faulty_store(std::move(file), faults);
@@ -122,7 +124,22 @@ Result<std::shared_ptr<StoreLane>> ImageCatalog::open_lane(UniqueFd file, const 
   if (!copy) return Failure(Error::from_errno("open " + name, errno));
   Result<image::OpenImage> opened = opener_.open(std::move(copy), name);
   if (!opened) return Failure(std::move(opened).error());
-  return StoreLane::create(std::move(opened->store), retries_, std::move(file));
+  std::shared_ptr<ImageWorkingSet> set;
+  if (working_sets_ == WorkingSets::yes)
+    if (auto found = ImageWorkingSet::open(file.get(), *opened, name)) set = std::move(*found);
+  Result<std::shared_ptr<StoreLane>> lane =
+      StoreLane::create(std::move(opened->store), retries_, std::move(file));
+  if (!lane || !set) return lane;
+  const std::lock_guard lock(open_mutex_);
+  std::erase_if(sets_, [](const auto& entry) { return entry.first.expired(); });
+  sets_[*lane] = std::move(set);
+  return lane;
+}
+
+std::shared_ptr<ImageWorkingSet> ImageCatalog::working_set(const std::shared_ptr<StoreLane>& image) {
+  const std::lock_guard lock(open_mutex_);
+  const auto found = sets_.find(image);
+  return found == sets_.end() ? nullptr : found->second;
 }
 
 Result<std::shared_ptr<StoreLane>> ImageCatalog::take_up(UniqueFd file, const std::string& name) {

@@ -17,15 +17,19 @@
 #include "engine/shared_image.h"
 #include "engine/store_lane.h"
 #include "image/open_image.h"
+#include "manager/image_working_set.h"
 
 namespace uffdkit {
 
 class ImageCatalog {
  public:
+  // Whether working sets are looked for beside images.
+  enum class WorkingSets : bool { no, yes };
   // `faults` are injected into every file of an image that is opened. Decompressed frames of all images are
   // kept in `cache_bytes`.
   explicit ImageCatalog(ReadRetries retries = {}, std::vector<StoreFault> faults = {},
-                        ByteCount cache_bytes = image::kCacheBytesDefault);
+                        ByteCount cache_bytes = image::kCacheBytesDefault,
+                        WorkingSets working_sets = WorkingSets::no);
 
   // `name` stands for the file at `path`. Errors: the name is empty or taken; the file cannot be opened now.
   Result<void> add(const std::string& name, const std::string& path);
@@ -47,6 +51,8 @@ class ImageCatalog {
   Result<std::shared_ptr<SharedImage>> share_memory(const std::shared_ptr<StoreLane>& image);
   // What there is of it at this moment.
   std::vector<std::shared_ptr<SharedImage>> shared_memory() const;
+  // The working set of an image that is open; nullptr where none is looked for, or could be.
+  std::shared_ptr<ImageWorkingSet> working_set(const std::shared_ptr<StoreLane>& image);
   // Of decompressed frames.
   const image::FrameCache& cache() const { return opener_.cache(); }
 
@@ -60,12 +66,14 @@ class ImageCatalog {
   Result<std::shared_ptr<StoreLane>> open_lane(UniqueFd file, const std::string& name);
 
   const ReadRetries retries_;
+  const WorkingSets working_sets_;
   image::ImageOpener opener_;
   std::map<std::string, std::string> paths_;
   std::vector<Directory> directories_;
   // By device, inode and time of change: a file that was replaced is another image.
   std::mutex open_mutex_;  // never held while something may block
   std::map<std::string, std::weak_ptr<StoreLane>> open_;
+  std::map<std::weak_ptr<StoreLane>, std::shared_ptr<ImageWorkingSet>, std::owner_less<>> sets_;
   std::vector<std::weak_ptr<SharedImage>> shared_;
 };
 

@@ -38,14 +38,16 @@ Result<void> Manager::Impl::start() {
     ended_counters_ = counters_json({});
     for (auto& count : ended_counters_) count = shared.totals[i++].load();
   }
-  Result<std::unique_ptr<Engine>> engine =
-      Engine::create({.last_session = last_session,
-                      .workers = options_.workers,
-                      .spin_ns = options_.spin_ns,
-                      .session = {.fault_around = options_.fault_around,
-                                  .shared_fault_around = options_.shared_fault_around,
-                                  .on_error = options_.on_error}},
-                     *this);
+  Result<std::unique_ptr<Engine>> engine = Engine::create(
+      {.last_session = last_session,
+       .workers = options_.workers,
+       .spin_ns = options_.spin_ns,
+       .session = {.fault_around = options_.record ? PageCount(1) : options_.fault_around,
+                   .shared_fault_around = options_.record ? PageCount(1) : options_.shared_fault_around,
+                   .on_error = options_.on_error,
+                   .background = options_.record ? Background::off : options_.background,
+                   .background_budget = std::make_shared<IoBudget>(options_.background_bytes_per_second)}},
+      *this);
   if (!engine) return Failure(std::move(engine).error());
   engine_ = std::move(*engine);
   return {};
@@ -115,7 +117,7 @@ void Manager::Impl::begin_end() {
     if (options_.records != nullptr) options_.records->remove_listener(listener.socket.fd());
   }
   listeners_.clear();
-  if (sessions_.empty()) return loop_->stop();
+  if (sessions_.empty() && working_sets_to_write_ == 0) return loop_->stop();
   log_.write(fmt::format("ending: {} sessions to complete or to leave to a successor", sessions_.size()));
   const Engine::Done ignored = [](const Result<void>&) {};
   for (const auto& [id, info] : sessions_) {
@@ -128,7 +130,13 @@ void Manager::Impl::begin_end() {
   loop_->after(options_.drain_ms, [this] { end_now(); });
 }
 
+void Manager::Impl::end_if_done() {
+  if (ending_ && sessions_.empty() && working_sets_to_write_ == 0) loop_->stop();
+}
+
 void Manager::Impl::end_now() {
+  // What a disk does not take is lost.
+  if (sessions_.empty()) return loop_->stop();
   // Closing the descriptor under a client would make it hang, or read zeros.
   for (const auto& [id, info] : sessions_)
     engine_->kill(id, "the manager ends before the client's memory is complete", [](const Result<void>&) {});

@@ -39,6 +39,13 @@ struct ManagerOptions {
   OnError on_error = OnError::poison;         // see SessionOptions
   ReadRetries read_retries = {};              // of all images
   std::vector<StoreFault> store_faults = {};  // likewise; for tests
+  // Whether sessions note which pages they were asked for, beside the image, when they end; then one page
+  // comes at a time. Else whether the pages come at once that were noted of sessions of before.
+  bool record = false;
+  bool prefetch = true;
+  // See SessionOptions; bytes a second of all sessions together, 0: no limit.
+  Background background = Background::off;
+  ByteCount background_bytes_per_second{64u << 20};
   // What decompressed frames of all images may take.
   ByteCount image_cache_bytes = image::kCacheBytesDefault;
   // By which clients' userfaultfds are used. Outlives the manager.

@@ -143,6 +143,9 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
     std::uint64_t cookie = 0;  // of the socket by which it was handed over
     bool draining = false;     // its memory is being completed
     bool leaving = false;      // abandoned; its end has not been heard yet
+    std::shared_ptr<ImageWorkingSet> working_set = nullptr;
+    std::shared_ptr<AccessRecord> recording = nullptr;
+    bool prefetches = false;
     std::uint64_t page_errors = 0;
   };
 
@@ -211,6 +214,11 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   void begin_draining(SessionId id, SessionInfo& info);
   void begin_end();
   void end_now();
+  // Ends run() if nothing is left to be done.
+  void end_if_done();
+  // What the session has to do with its image's working set, and what comes of it at its end.
+  void use_working_set(Attachment& attachment, SessionInfo& info);
+  void keep_working_set(const SessionStatus& session, const SessionInfo& info);
 
   const ManagerOptions options_;
   std::vector<UniqueFd> inherited_connections_;
@@ -223,7 +231,8 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   UniqueFd signals_;
   // Shared with threads that open an image still.
   const std::shared_ptr<ImageCatalog> images_ = std::make_shared<ImageCatalog>(
-      options_.read_retries, options_.store_faults, options_.image_cache_bytes);
+      options_.read_retries, options_.store_faults, options_.image_cache_bytes,
+      options_.record || options_.prefetch ? ImageCatalog::WorkingSets::yes : ImageCatalog::WorkingSets::no);
   std::map<std::string, Listener> listeners_;
   std::optional<ListeningSocket> control_;
   AccessRules rules_{::geteuid()};
@@ -236,6 +245,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   std::uint64_t last_serial_ = 0;
   std::vector<std::unique_ptr<Connection>> closed_;
   std::map<SessionId, SessionInfo> sessions_;
+  std::size_t working_sets_to_write_ = 0;
   std::uint64_t sessions_ended_ = 0;
   std::uint64_t clients_refused_ = 0;
   nlohmann::json ended_counters_ = nlohmann::json::object();

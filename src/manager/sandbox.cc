@@ -279,8 +279,10 @@ Result<void> drop_privileges() {
   return {};
 }
 
-Result<void> filter_system_calls() {
+Result<void> filter_system_calls(ReplacesFiles replaces_files) {
   Filter filter;
+  if (replaces_files == ReplacesFiles::yes)
+    filter.allow({SCMP_SYS(fdatasync), SCMP_SYS(linkat), SCMP_SYS(renameat), SCMP_SYS(renameat2)});
   allow_memory(filter);
   allow_files(filter);
   allow_sockets(filter);

@@ -121,20 +121,71 @@ Result<AttachedSession> Manager::Impl::attach(NewSession session, std::shared_pt
                        .sharing = session.sharing});
   UniqueFd process(::fcntl(session.peer->pidfd.get(), F_DUPFD_CLOEXEC, 0));
   if (!process) return Failure(Error::from_errno("duplicate the client's pidfd", errno));
-  return serve({.uffd = std::move(*uffd),
-                .state = std::move(*state),
-                .regions = std::move(regions),
-                .lane = image,
-                .process = std::move(process)},
-               {.kind = session.keeps_descriptor ? SessionKind::native : SessionKind::firecracker,
-                .keeps_descriptor = session.keeps_descriptor,
-                .pid = session.peer->pid,
-                .uid = session.peer->uid,
-                .image = session.request.image,
-                .lane = image,
-                .state_file = state_file,
-                .connection = connection,
-                .cookie = session.connection});
+  Attachment attachment{.uffd = std::move(*uffd),
+                        .state = std::move(*state),
+                        .regions = std::move(regions),
+                        .lane = image,
+                        .process = std::move(process)};
+  SessionInfo info{.kind = session.keeps_descriptor ? SessionKind::native : SessionKind::firecracker,
+                   .keeps_descriptor = session.keeps_descriptor,
+                   .pid = session.peer->pid,
+                   .uid = session.peer->uid,
+                   .image = session.request.image,
+                   .lane = image,
+                   .state_file = state_file,
+                   .connection = connection,
+                   .cookie = session.connection};
+  use_working_set(attachment, info);
+  return serve(std::move(attachment), info);
+}
+
+void Manager::Impl::use_working_set(Attachment& attachment, SessionInfo& info) {
+  info.working_set = images_->working_set(info.lane);
+  if (!info.working_set && options_.record)
+    log_.write("not recorded: where the image lies, or what it holds, cannot be told");
+  if (!info.working_set) return;
+  if (const std::optional<Error> problem = info.working_set->problem())
+    log_.write("working set not used: " + problem->text());
+  if (!options_.record) {
+    attachment.prefetch = info.working_set->order();
+    info.prefetches = attachment.prefetch != nullptr;
+    return;
+  }
+  Result<std::shared_ptr<AccessRecord>> record =
+      AccessRecord::create(kPage4K.pages(info.lane->store()->size()));
+  if (!record) return log_.write("not recorded: " + record.error().text());
+  attachment.record = info.recording = std::move(*record);
+}
+
+void Manager::Impl::keep_working_set(const SessionStatus& session, const SessionInfo& info) {
+  const auto run = [&](auto write) {
+    ++working_sets_to_write_;
+    work_->run("working set " + info.working_set->path(), [this, write = std::move(write)] {
+      std::string said = write();
+      return [this, said = std::move(said)] {
+        --working_sets_to_write_;
+        if (!said.empty()) log_.write(said);
+        end_if_done();
+      };
+    });
+  };
+  if (info.recording && !info.recording->pages().empty())
+    return run([id = session.id, set = info.working_set, lane = info.lane,
+                recording = info.recording]() -> std::string {
+      if (auto added = set->add_recording(*lane->store(), recording->pages()); !added)
+        return fmt::format("session {}: its working set is lost: {}", id, added.error().text());
+      return fmt::format("session {}: {} pages recorded in {}", id, recording->pages().size(), set->path());
+    });
+  if (!info.prefetches) return;
+  const auto number = [](std::uint64_t count) {
+    return static_cast<std::uint32_t>(std::min<std::uint64_t>(count, UINT32_MAX));
+  };
+  const image::WorkingSetRun result{.brought = number(session.pages_prefetched),
+                                    .late = number(session.prefetch_late),
+                                    .missed = number(session.prefetch_missed),
+                                    .left_out = number(session.prefetch_left_out),
+                                    .left_out_used = number(session.prefetch_left_out_used)};
+  run([set = info.working_set, result]() -> std::string { return set->add_run(result), ""; });
 }
 
 void Manager::Impl::resume(UniqueFd uffd_fd, UniqueFd state_fd, const Peer& peer, Connection* connection,
@@ -268,7 +319,8 @@ void Manager::Impl::forget(const SessionStatus& session, SessionEnd end) {
                   session.pages_zeroed, session.pages_removed, session.pages_poisoned));
   if (end == SessionEnd::failed) end_was_good_ = end_was_good_ && !ending_;
   if (info.connection != nullptr) info.connection->session_ended(end);
-  if (ending_ && sessions_.empty()) loop_->stop();
+  if (info.working_set) keep_working_set(session, info);
+  end_if_done();
 }
 
 void Manager::Impl::session_forked(const SessionStatus& session, const SessionFiles& files) {

@@ -14,7 +14,7 @@ namespace {
 // What the sessions take of an answer's bytes at most, which leaves as much again for some thousand
 // listeners; one session but for its image's name; and a byte of that, written as JSON.
 constexpr std::size_t kSessionsJsonBytesMax = control::kAnswerBytesMax / 2;
-constexpr std::size_t kSessionJsonBytes = 800;
+constexpr std::size_t kSessionJsonBytes = 1000;
 constexpr std::size_t kEscapedBytes = 6;
 
 std::string_view to_string(SharingMode mode) {
@@ -143,6 +143,15 @@ nlohmann::json Manager::Impl::status() {
     entry["sharing"] = to_string(status.sharing);
     entry["memory_bytes"] = status.memory_bytes;
     entry["regions"] = status.regions;
+    if (info.recording) entry["recorded"] = info.working_set->path();
+    if (options_.background != Background::off) entry["pages_background"] = status.pages_background;
+    if (info.prefetches)
+      entry["prefetch"] = {{"pages", status.pages_prefetched},
+                           {"late", status.prefetch_late},
+                           {"missed", status.prefetch_missed},
+                           {"left_out", status.prefetch_left_out},
+                           {"left_out_used", status.prefetch_left_out_used},
+                           {"given_up", status.prefetch_given_up}};
     entry["pending"] = status.pending;
     entry["paused"] = status.paused;
     if (status.oldest_pending_ns > 0) {

@@ -3,12 +3,15 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <cmath>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <utility>
 
 #include "image/check_image.h"
+#include "image/working_set.h"
 #include "tool/command.h"
 #include "tool/image.h"
 
@@ -77,16 +80,66 @@ void print_regions(const image::Record& record) {
   }
 }
 
+// The working set beside the image, if there is one of it. What is wrong with it is said, and is not an error
+// of the image's.
+std::optional<image::WorkingSet> working_set(const std::string& path, const image::OpenImage& opened) {
+  const std::string file = path + image::kWorkingSetSuffix;
+  Result<std::optional<image::WorkingSet>> set = image::read_working_set(file);
+  if (!set) return report(set.error()), std::nullopt;
+  if (!*set) return std::nullopt;
+  Result<image::Identity> identity =
+      opened.is_raw() ? image::identity_of(*opened.store) : opened.layers.front()->record().identity;
+  if (!identity) return report(identity.error()), std::nullopt;
+  if ((*set)->identity != *identity ||
+      (*set)->memory_pages != opened.store->size().value / image::kPageBytes) {
+    report(Error(file + " was recorded of another image").with_remedy("remove it, or record it again"));
+    return std::nullopt;
+  }
+  return std::move(*set);
+}
+
+nlohmann::ordered_json working_set_to_json(const image::WorkingSet& set) {
+  nlohmann::ordered_json json = {{"pages", set.pages.size()},
+                                 {"memory_pages", set.memory_pages},
+                                 {"recordings", set.recordings},
+                                 {"runs", nlohmann::ordered_json::array()}};
+  for (const image::WorkingSetRun& run : set.runs)
+    json["runs"].push_back({{"coverage", run.coverage()},
+                            {"brought", run.brought},
+                            {"hits", std::llround(run.hits())},
+                            {"waste", std::llround(run.waste())},
+                            {"late", run.late},
+                            {"missed", run.missed},
+                            {"left_out", run.left_out},
+                            {"left_out_used", run.left_out_used}});
+  return json;
+}
+
+void print_working_set(const image::WorkingSet& set) {
+  const double share = static_cast<double>(set.pages.size()) / static_cast<double>(set.memory_pages);
+  fmt::print("  used      {} of {} ({:.1f} %), as {} recordings say\n",
+             size_text(set.pages.size() * image::kPageBytes), size_text(set.memory_pages * image::kPageBytes),
+             100 * share, set.recordings);
+  for (const image::WorkingSetRun& run : set.runs)
+    fmt::print(
+        "    a run   coverage {:.1f} %; of {} pages brought about {:.0f} hits, {:.0f} waste; {} late, {} "
+        "missed\n",
+        100 * run.coverage(), run.brought, run.hits(), run.waste(), run.late, run.missed);
+}
+
 int info(const Options& options) {
   const Result<image::OpenImage> opened = make_opener().open(options.image);
   if (!opened) return report(opened.error());
+  const std::optional<image::WorkingSet> set = working_set(options.image, *opened);
   if (opened->is_raw()) {
     if (options.json) {
-      const nlohmann::ordered_json json = {
+      nlohmann::ordered_json json = {
           {"image", options.image}, {"kind", "raw"}, {"memory_bytes", opened->raw_bytes}};
+      if (set) json["working_set"] = working_set_to_json(*set);
       fmt::print("{}\n", json.dump(2));
     } else {
       fmt::print("{}\n  kind      raw\n  memory    {}\n", options.image, size_text(opened->raw_bytes));
+      if (set) print_working_set(*set);
     }
     return kExitDone;
   }
@@ -97,11 +150,13 @@ int info(const Options& options) {
     for (std::size_t i = 1; i < opened->layers.size(); ++i)
       json["parents"].push_back(layer_to_json(*opened->layers[i]));
     json["regions"] = regions_to_json(record);
+    if (set) json["working_set"] = working_set_to_json(*set);
     fmt::print("{}\n", json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace));
   } else if (options.regions) {
     print_regions(record);
   } else {
     for (const auto& layer : opened->layers) print_layer(*layer);
+    if (set) print_working_set(*set);
   }
   return kExitDone;
 }

@@ -45,6 +45,10 @@ struct Options {
   std::vector<std::string> store_faults;
   std::uint64_t image_cache_bytes = image::kCacheBytesDefault.value;
   bool no_keeper = false;
+  bool record = false;
+  bool no_prefetch = false;
+  Background background = Background::off;
+  std::uint64_t background_bytes_per_second = 64u << 20;
 };
 
 // The two sides of the first "=" of a text that is_pair() accepts.
@@ -124,6 +128,10 @@ int serve(const Options& options, const std::vector<StoreFault>& faults, Records
                        .on_error = options.on_error,
                        .read_retries = {.count = options.read_retries},
                        .store_faults = faults,
+                       .record = options.record,
+                       .prefetch = !options.no_prefetch,
+                       .background = options.background,
+                       .background_bytes_per_second = ByteCount(options.background_bytes_per_second),
                        .image_cache_bytes = ByteCount(options.image_cache_bytes),
                        .records = records});
   if (!manager) return report(manager.error());
@@ -138,7 +146,9 @@ int serve(const Options& options, const std::vector<StoreFault>& faults, Records
   }
   if (auto signalled = (*manager)->stop_at_signals(); !signalled) return report(signalled.error());
   if (!options.no_sandbox)
-    if (auto filtered = filter_system_calls(); !filtered) return report(filtered.error());
+    if (auto filtered = filter_system_calls(options.record ? ReplacesFiles::yes : ReplacesFiles::no);
+        !filtered)
+      return report(filtered.error());
 
   if (!takes_up) {
     fmt::print("uffdkit: ready{}\n", (*manager)->listening());
@@ -258,6 +268,26 @@ void add_serve(CLI::App& app, int& exit_code) {
                    "Bytes of memory for decompressed parts of images, of all together; K, M and G may follow")
       ->transform(CLI::AsSizeValue(false))
       ->default_str("256M");
+  command->add_flag(
+      "--record", options->record,
+      "When a session ends, write beside its image (IMAGE.ws) which pages it was asked for, and in "
+      "which order; several recordings are merged. Pages come one at a time meanwhile");
+  command->add_flag("--no-prefetch", options->no_prefetch,
+                    "Leave it to faults to bring the pages that were recorded");
+  command
+      ->add_option(
+          "--background", options->background,
+          "Whether pages that nobody has asked for are brought in the end: off, idle (while no fault "
+          "comes), full (as fast as faults leave room)")
+      ->transform(CLI::CheckedTransformer(std::map<std::string, Background>{
+          {"off", Background::off}, {"idle", Background::idle}, {"full", Background::full}}))
+      ->default_str("off");
+  command
+      ->add_option("--background-rate", options->background_bytes_per_second,
+                   "Bytes that are read a second in the background, for all sessions together; K, M or G may "
+                   "follow; 0: no limit")
+      ->transform(CLI::AsSizeValue(false))
+      ->default_str("64M");
   command->add_option("--store-fault", options->store_faults,
                       "KIND[,KEY=VALUE]...: for tests, has reads of images fail, lie or last; repeatable");
   add_no_sandbox_option(*command, options->no_sandbox);

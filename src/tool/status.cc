@@ -114,6 +114,15 @@ void print(const nlohmann::json& status) {
     if (session.contains("oldest_pending") && session.at("oldest_pending").value("late", false))
       fmt::print("session {}: {}\n", number(session, "id"), session.at("oldest_pending").value("text", ""));
   for (const auto& session : sessions)
+    if (session.contains("prefetch")) {
+      const nlohmann::json& prefetch = session.at("prefetch");
+      fmt::print(
+          "session {}: {} pages of the working set brought, {} asked for before, {} that are not in it{}\n",
+          number(session, "id"), number(prefetch, "pages"), number(prefetch, "late"),
+          number(prefetch, "missed"),
+          prefetch.value("given_up", false) ? "; given up for the sake of faults" : "");
+    }
+  for (const auto& session : sessions)
     if (session.value("paused", false))
       fmt::print(
           "session {}: its client is stopped over a page that cannot be read; when it can be, 'uffdkit "

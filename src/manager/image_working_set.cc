@@ -1,0 +1,142 @@
+#include "manager/image_working_set.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/stat.h>
+#include <uffdkit/unique_fd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <filesystem>
+#include <system_error>
+#include <unordered_map>
+#include <utility>
+
+#include "image/output_file.h"
+
+namespace uffdkit {
+namespace {
+
+// All that are in one block together, at the place of the first: a block is decompressed once for all of
+// them.
+std::vector<std::uint32_t> by_blocks(const std::vector<std::uint32_t>& pages, std::uint64_t block_pages) {
+  if (block_pages <= 1) return pages;
+  std::unordered_map<std::uint64_t, std::size_t> place_of;
+  std::vector<std::vector<std::uint32_t>> blocks;
+  for (const std::uint32_t page : pages) {
+    const auto [place, is_new] = place_of.try_emplace(page / block_pages, blocks.size());
+    if (is_new) blocks.emplace_back();
+    blocks[place->second].push_back(page);
+  }
+  std::vector<std::uint32_t> order;
+  order.reserve(pages.size());
+  for (const auto& block : blocks) order.insert(order.end(), block.begin(), block.end());
+  return order;
+}
+
+}  // namespace
+
+Result<std::shared_ptr<ImageWorkingSet>> ImageWorkingSet::open(int file, const image::OpenImage& image,
+                                                               const std::string& name) {
+  std::error_code error;
+  const std::filesystem::path path =
+      std::filesystem::read_symlink(fmt::format("/proc/self/fd/{}", file), error);
+  if (error) return Failure(Error::from_errno("find the folder of " + name, error.value()));
+  std::uint64_t block_pages = 1;
+  std::optional<image::Identity> identity;
+  if (!image.is_raw()) {
+    identity = image.layers.front()->record().identity;
+    block_pages = image.layers.front()->record().frame_bytes / image::kPageBytes;
+  }
+  std::shared_ptr<ImageWorkingSet> own(new ImageWorkingSet(path.string() + image::kWorkingSetSuffix, identity,
+                                                           image.store->size().value / image::kPageBytes,
+                                                           block_pages));
+  // Without a working set nobody needs to know what a raw image holds.
+  struct stat there;
+  if (::lstat(own->path_.c_str(), &there) != 0) return own;
+  Result<std::optional<image::WorkingSet>> set = std::nullopt;
+  if (auto known = own->identify(*image.store); !known)
+    set = Failure(std::move(known).error());
+  else
+    set = own->read();
+  if (!set) {
+    own->problem_ = std::move(set).error();
+  } else if (*set) {
+    own->use(**set);
+  }
+  return own;
+}
+
+ImageWorkingSet::ImageWorkingSet(std::string path, std::optional<image::Identity> identity,
+                                 std::uint64_t memory_pages, std::uint64_t block_pages)
+    : path_(std::move(path)), identity_(identity), memory_pages_(memory_pages), block_pages_(block_pages) {}
+
+Result<void> ImageWorkingSet::identify(Store& store) {
+  if (identity_) return {};
+  const Result<image::Identity> identity = image::identity_of(store);
+  if (!identity) return Failure(identity.error());
+  identity_ = *identity;
+  return {};
+}
+
+std::shared_ptr<const PrefetchOrder> ImageWorkingSet::order() const {
+  const std::lock_guard lock(mutex_);
+  return order_;
+}
+
+std::optional<Error> ImageWorkingSet::problem() {
+  const std::lock_guard lock(mutex_);
+  return std::exchange(problem_, std::nullopt);
+}
+
+void ImageWorkingSet::use(const image::WorkingSet& set) {
+  auto order =
+      set.pages.empty() ? nullptr : std::make_shared<const PrefetchOrder>(by_blocks(set.pages, block_pages_));
+  const std::lock_guard lock(mutex_);
+  order_ = std::move(order);
+}
+
+Result<std::optional<image::WorkingSet>> ImageWorkingSet::read() const {
+  Result<std::optional<image::WorkingSet>> set = image::read_working_set(path_);
+  if (!set || !*set) return set;
+  if ((*set)->identity == identity_ && (*set)->memory_pages == memory_pages_) return set;
+  return Failure(Error(path_ + " was recorded of another image", ESTALE)
+                     .with_remedy("remove it, or record the working set again"));
+}
+
+Result<void> ImageWorkingSet::add_recording(Store& store, std::span<const std::uint32_t> pages) {
+  const std::lock_guard lock(file_mutex_);
+  if (auto known = identify(store); !known) return known;
+  image::WorkingSet recording{.identity = *identity_,
+                              .memory_pages = memory_pages_,
+                              .recordings = 1,
+                              .pages = {pages.begin(), pages.end()},
+                              .runs = {}};
+  // One that is damaged, or another image's, is of no more use.
+  Result<std::optional<image::WorkingSet>> known = read();
+  image::WorkingSet set = known && *known ? std::move(**known) : recording;
+  if (known && *known) image::merge(set, recording);
+  const Result<std::vector<std::byte>> bytes = image::encode(set);
+  if (!bytes) return Failure(bytes.error());
+  Result<image::OutputFile> file = image::OutputFile::create(path_, /*replace=*/true);
+  if (!file) return Failure(std::move(file).error());
+  if (auto written = file->append(*bytes); !written) return written;
+  if (auto named = file->commit(); !named) return named;
+  use(set);
+  return {};
+}
+
+void ImageWorkingSet::add_run(const image::WorkingSetRun& run) {
+  const std::lock_guard lock(file_mutex_);
+  Result<std::optional<image::WorkingSet>> set = read();
+  if (!set || !*set) return;
+  UniqueFd file(::open(path_.c_str(), O_WRONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK));
+  if (!file) return;
+  image::add_run((*set)->runs, run);
+  const std::vector<std::byte> bytes = image::encode_runs((*set)->runs);
+  // Cut off in the middle, the runs are forgotten, and nothing else is.
+  (void)::pwrite(file.get(), bytes.data(), bytes.size(), static_cast<off_t>(image::kRunsAt));
+}
+
+}  // namespace uffdkit

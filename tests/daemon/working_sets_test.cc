@@ -1,0 +1,186 @@
+// Working sets: what a manager records beside an image, and what the next one brings of it.
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+
+#include "daemon/fixture.h"
+#include "support/program.h"
+
+namespace uffdkit::test {
+namespace {
+
+constexpr std::size_t kPages = 1024;
+
+using Strings = std::vector<std::string>;
+
+class WorkingSets : public ManagerTest {
+ protected:
+  // Serves the image to a client that runs `work`, by a manager that ends afterwards; what it logged.
+  std::string serve(const std::string& image, const Strings& options,
+                    const std::function<void(const ClientMemory&)>& work) {
+    Strings arguments = {"--firecracker", socket_ + "=" + image};
+    arguments.insert(arguments.end(), options.begin(), options.end());
+    ManagerProcess manager(directory_, arguments);
+    {
+      Child process = client(image_, whole(image_), socket_,
+                             [&](const ClientMemory& memory, const Channel&) { work(memory); });
+      EXPECT_EQ(process.wait(), 0) << manager.log();
+    }
+    EXPECT_EQ(manager.stop(), 0);
+    return manager.log();
+  }
+  std::string record(const std::string& image, const std::vector<std::size_t>& pages) {
+    return serve(image, {"--record"}, [&](const ClientMemory& memory) {
+      for (const std::size_t page : pages) memory.check(page);
+    });
+  }
+  static nlohmann::json info(const std::string& image) {
+    const Finished done = run_program("uffdkit", {"image", "info", "--json", image});
+    EXPECT_EQ(done.exit_code, 0) << done.err;
+    return nlohmann::json::parse(done.out, nullptr, false).value("working_set", nlohmann::json());
+  }
+  // A manager that serves the image goes on until the client has been brought `pages` pages uncalled for;
+  // the client touches nothing before.
+  void expect_brought(const std::string& image, std::uint64_t pages) {
+    ManagerProcess manager(directory_, {"--firecracker", socket_ + "=" + image});
+    Child process =
+        client(image_, whole(image_), socket_, [](const ClientMemory& memory, const Channel& channel) {
+          channel.receive();
+          memory.check_all(2, 1);
+        });
+    const auto brought = [&] {
+      const nlohmann::json sessions = manager.status().at("sessions");
+      return !sessions.empty() && sessions[0].contains("prefetch") &&
+             sessions[0].at("prefetch").at("pages").get<std::uint64_t>() >= pages;
+    };
+    EXPECT_TRUE(eventually(brought)) << manager.status().dump(2);
+    process.channel().send(1);
+    EXPECT_EQ(process.wait(), 0) << manager.log();
+    EXPECT_EQ(manager.stop(), 0);
+  }
+  std::string compressed() {
+    const std::string path = directory_ / "compressed";
+    EXPECT_EQ(run_program("uffdkit", {"image", "create", "--raw", image_.path(), path}).exit_code, 0);
+    return path;
+  }
+  std::string file() const { return image_.path() + ".ws"; }
+
+  const Image image_{directory_ / "image", kPages};
+  const std::string socket_ = directory_ / "fc.sock";
+};
+
+TEST_F(WorkingSets, ARecordingHasThePagesThatWereAskedFor) {
+  record(image_.path(), {900, 3, 4, 77});
+  const nlohmann::json set = info(image_.path());
+  EXPECT_EQ(set.at("pages"), 4);
+  EXPECT_EQ(set.at("memory_pages"), kPages);
+  EXPECT_EQ(set.at("recordings"), 1);
+  struct stat status;
+  ASSERT_EQ(::stat(file().c_str(), &status), 0);
+  EXPECT_EQ(status.st_mode & 0777, 0600u);
+}
+
+TEST_F(WorkingSets, TwoRecordingsAreMerged) {
+  record(image_.path(), {900, 3, 4, 77});
+  const std::string log = record(image_.path(), {77, 5});
+  const nlohmann::json set = info(image_.path());
+  EXPECT_EQ(set.at("pages"), 5) << log;
+  EXPECT_EQ(set.at("recordings"), 2);
+}
+
+TEST_F(WorkingSets, NothingIsLeftBesideTheImageButTheFile) {
+  record(image_.path(), {900, 3});
+  record(image_.path(), {900, 4});
+  for (const auto& entry : std::filesystem::directory_iterator(std::filesystem::path(file()).parent_path()))
+    EXPECT_NE(entry.path().filename().string().substr(0, 1), ".") << entry.path();
+}
+
+TEST_F(WorkingSets, TheNextSessionIsBroughtWhatWasRecorded) {
+  std::vector<std::size_t> pages;
+  for (std::size_t page = 0; page < kPages; page += 3) pages.push_back((page * 7) % kPages);
+  record(image_.path(), pages);
+  // A few are left out on purpose.
+  expect_brought(image_.path(), pages.size() * 9 / 10);
+}
+
+TEST_F(WorkingSets, TheSameOfACompressedImage) {
+  const std::string image = compressed();
+  std::vector<std::size_t> pages;
+  for (std::size_t page = 0; page < kPages; page += 3) pages.push_back((page * 7) % kPages);
+  record(image, pages);
+  EXPECT_EQ(info(image).at("pages"), pages.size());
+  expect_brought(image, pages.size() * 9 / 10);
+}
+
+TEST_F(WorkingSets, WhatCameOfARunIsShown) {
+  std::vector<std::size_t> pages;
+  for (std::size_t page = 0; page < 800; ++page) pages.push_back(page);
+  record(image_.path(), pages);
+  expect_brought(image_.path(), 700);
+  const nlohmann::json set = info(image_.path());
+  EXPECT_EQ(set.at("pages"), 800);
+  ASSERT_EQ(set.at("runs").size(), 1u);
+  const nlohmann::json& run = set.at("runs")[0];
+  EXPECT_GE(run.at("brought"), 700);
+  // The client has touched all of them.
+  EXPECT_EQ(run.at("left_out_used"), run.at("left_out"));
+  EXPECT_GE(run.at("missed"), 1);
+  EXPECT_LT(run.at("coverage"), 1.0);
+}
+
+TEST_F(WorkingSets, NothingIsBroughtWhereTheOptionSaysSo) {
+  record(image_.path(), {900, 3, 4, 77});
+  ManagerProcess manager(directory_, {"--firecracker", socket_ + "=" + image_.path(), "--no-prefetch"});
+  Child process =
+      client(image_, whole(image_), socket_, [](const ClientMemory& memory, const Channel& channel) {
+        memory.check(500);
+        channel.send(1);
+        channel.receive();
+      });
+  process.channel().receive();
+  EXPECT_FALSE(manager.status().at("sessions")[0].contains("prefetch"));
+  process.channel().send(1);
+  EXPECT_EQ(process.wait(), 0);
+}
+
+TEST_F(WorkingSets, OneOfAnotherImageIsNotUsedAndIsReplacedByARecording) {
+  const Image other(directory_ / "other", kPages, 2);
+  serve(other.path(), {"--record"}, [](const ClientMemory& memory) { memory.check_zero(5); });
+  std::filesystem::rename(other.path() + ".ws", file());
+  const std::string log =
+      serve(image_.path(), {}, [](const ClientMemory& memory) { memory.check_all(1, 1); });
+  EXPECT_NE(log.find("was recorded of another image"), std::string::npos) << log;
+  record(image_.path(), {900, 3, 4, 77});
+  EXPECT_EQ(info(image_.path()).at("pages"), 4);
+}
+
+TEST_F(WorkingSets, ADamagedOneIsNamedAndTheImageServed) {
+  record(image_.path(), {900, 3, 4, 77});
+  const int fd = ::open(file().c_str(), O_WRONLY | O_CLOEXEC);
+  ASSERT_EQ(::pwrite(fd, "x", 1, 512), 1);
+  ::close(fd);
+  const std::string log =
+      serve(image_.path(), {}, [](const ClientMemory& memory) { memory.check_all(1, 1); });
+  EXPECT_NE(log.find(file()), std::string::npos) << log;
+  EXPECT_NE(log.find("checksum"), std::string::npos) << log;
+  const Finished shown = run_program("uffdkit", {"image", "info", image_.path()});
+  EXPECT_EQ(shown.exit_code, 0);
+  EXPECT_NE(shown.err.find("checksum"), std::string::npos) << shown.err;
+}
+
+TEST_F(WorkingSets, ALinkInItsPlaceIsNotFollowed) {
+  record(image_.path(), {900, 3});
+  std::filesystem::rename(file(), directory_ / "elsewhere");
+  std::filesystem::create_symlink(directory_ / "elsewhere", file());
+  const std::string log = record(image_.path(), {4});
+  EXPECT_NE(log.find("is lost"), std::string::npos) << log;
+  EXPECT_TRUE(std::filesystem::is_symlink(file()));
+}
+
+}  // namespace
+}  // namespace uffdkit::test
