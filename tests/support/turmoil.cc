@@ -28,7 +28,6 @@ namespace {
 constexpr std::size_t kClientsMax = 256;
 constexpr std::size_t kForkSteps = 24;
 constexpr std::size_t kBlock = 16;  // pages that move together
-constexpr unsigned kHangSeconds = Turmoil::kHangSeconds;
 
 std::int64_t now_ns() {
   timespec now;
