@@ -147,6 +147,7 @@ class Engine::Shared final : public ActorScheduler {
 
   std::mutex sessions_mutex_;
   std::unordered_map<SessionId, std::shared_ptr<Actor>> sessions_;
+  std::atomic<std::size_t> sessions_count_{0};  // to be read without the mutex
   SessionId last_session_ = 0;
 
   // When a fault was last served of the sessions of this number, modulo the size.
@@ -402,6 +403,7 @@ bool Engine::Shared::look_again(std::int64_t last_fault_ns) {
 }
 
 bool Engine::Shared::others_wait() {
+  if (sessions_count_.load(std::memory_order_relaxed) < 2) return false;
   pollfd events{.fd = epoll_.get(), .events = POLLIN, .revents = 0};
   return ::poll(&events, 1, 0) != 0;
 }
@@ -424,6 +426,7 @@ void Engine::Shared::ended(SessionId session) {
   if (found == sessions_.end()) return;
   actor = std::move(found->second);
   sessions_.erase(found);
+  sessions_count_.store(sessions_.size(), std::memory_order_relaxed);
   // Other holders of the descriptors may keep them open, so closing ours does not take them out of the set.
   (void)::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, actor->uffd(), nullptr);
   if (actor->process() >= 0) (void)::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, actor->process(), nullptr);
@@ -496,6 +499,7 @@ Result<void> Engine::Shared::admit(SessionId id, const std::shared_ptr<Actor>& a
   {
     const std::lock_guard lock(sessions_mutex_);
     sessions_.emplace(id, actor);
+    sessions_count_.store(sessions_.size(), std::memory_order_relaxed);
   }
   // Not armed yet: the first run arms it.
   Result<void> watched = watch(EPOLL_CTL_ADD, actor->uffd(), 0, event_data(Source::uffd, id));
@@ -525,6 +529,7 @@ SessionId Engine::Shared::forked(SessionId parent, ForkedSession child) {
   {
     const std::lock_guard lock(sessions_mutex_);
     sessions_.emplace(id, actor);
+    sessions_count_.store(sessions_.size(), std::memory_order_relaxed);
   }
   // Whoever hears of it may ask something of it at once; nobody else runs it yet, so its end comes later.
   step();
