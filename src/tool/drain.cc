@@ -23,11 +23,12 @@ int drain(const std::string& control) {
   std::set<std::uint64_t> sessions;
   std::set<std::uint64_t> failed;
   const auto begin = [&]() -> Result<std::uint64_t> {
+    // First, so that a worker that takes over between the two questions is asked once more, and not left out.
+    const Result<nlohmann::json> status = ask_manager(control, control::Status{});
+    if (!status) return Failure(status.error());
     const Result<nlohmann::json> begun = ask_manager(control, control::Drain{});
     if (!begun) return Failure(begun.error());
     for (const auto& id : begun->at("sessions")) sessions.insert(id.get<std::uint64_t>());
-    const Result<nlohmann::json> status = ask_manager(control, control::Status{});
-    if (!status) return Failure(status.error());
     return status->value("takeovers", std::uint64_t{0});
   };
   Result<std::uint64_t> takeovers = begin();
