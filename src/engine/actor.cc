@@ -26,8 +26,8 @@ constexpr std::int64_t kSpinLateNs = 100'000;
 // Where the scheduler lets the thread that has just been answered run at once, its next fault is there when
 // the worker looks straight after the answer; where it does not, that look is in vain. After so many of these
 // in a row only every kEarlyAgain-th answer is followed by one.
-constexpr unsigned kEarlyMissesMax = 4;
-constexpr unsigned kEarlyAgain = 64;
+constexpr unsigned kEarlyMissesMax = 8;
+constexpr unsigned kEarlyAgain = 16;
 // When a command that was refused for now is tried again, and a descriptor that could not be armed.
 constexpr std::int64_t kRetryNs = 200'000;
 

@@ -409,6 +409,7 @@ bool Engine::Shared::others_wait() {
 }
 
 void Engine::Shared::serves(SessionId session, std::int64_t when_ns) {
+  if (sessions_count_.load(std::memory_order_relaxed) < 2) return;
   served_at_ns_[session % served_at_ns_.size()].store(when_ns, std::memory_order_relaxed);
 }
 
