@@ -26,9 +26,9 @@
 #include <utility>
 
 #include "base/clock.h"
+#include "base/signals_blocked.h"
 #include "base/step.h"
 #include "engine/actor.h"
-#include "engine/signals_blocked.h"
 
 namespace uffdkit {
 namespace {

@@ -15,10 +15,10 @@
 #include <optional>
 #include <utility>
 
+#include "base/signals_blocked.h"
 #include "engine/handler_buffers.h"
 #include "engine/map_options.h"
 #include "engine/sigbus_handler.h"
-#include "engine/signals_blocked.h"
 
 namespace uffdkit {
 namespace {

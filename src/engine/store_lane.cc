@@ -13,7 +13,7 @@
 #include <thread>
 #include <utility>
 
-#include "engine/signals_blocked.h"
+#include "base/signals_blocked.h"
 
 namespace uffdkit {
 namespace {

@@ -5,19 +5,17 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cerrno>
 #include <cstring>
 #include <memory>
 #include <utility>
 
 #include "base/check.h"
+#include "image/numbers.h"
 #include "image/varint.h"
 
 namespace uffdkit::image {
 namespace {
-
-static_assert(std::endian::native == std::endian::little, "numbers are stored as they lie in memory");
 
 constexpr std::uint64_t kRecordMagic = 0x31'74'69'6b'64'66'66'75;  // "uffdkit1"
 constexpr std::uint32_t kTailMagic = 0x54'44'46'55;                // "UFDT"
@@ -27,20 +25,6 @@ constexpr std::size_t kTailBytes = 16;                             // hash, leng
 constexpr std::uint64_t kExpansionMax = 1024;
 constexpr std::uint32_t kBlockBytes = 128 * 1024;  // of a zstd frame of zeros
 constexpr std::uint8_t kChecksumFlag = 0x80;
-
-template <class T>
-void put(std::vector<std::byte>& to, T value) {
-  const auto* bytes = reinterpret_cast<const std::byte*>(&value);
-  to.insert(to.end(), bytes, bytes + sizeof value);
-}
-
-template <class T>
-T get(std::span<const std::byte> from, std::size_t at) {
-  T value;
-  CHECK(at + sizeof value <= from.size());
-  std::memcpy(&value, from.data() + at, sizeof value);
-  return value;
-}
 
 Failure damaged(const std::string& what) {
   return Failure(

@@ -15,6 +15,7 @@
 
 #include "base/check.h"
 #include "image/identity.h"
+#include "image/numbers.h"
 #include "image/varint.h"
 
 namespace uffdkit::image {
@@ -30,20 +31,6 @@ static_assert(kRunsAt >= kHeadHashedBytes + 8 && kRunsAt + kRunsBytes <= kHeadBy
 // A run of pages takes two numbers: where it begins, and how long it is.
 constexpr std::size_t kListBytesPerPageMax = 12;
 constexpr std::uint64_t kSampledPages = 64;
-
-template <class T>
-void put(std::vector<std::byte>& to, T value) {
-  const auto* bytes = reinterpret_cast<const std::byte*>(&value);
-  to.insert(to.end(), bytes, bytes + sizeof value);
-}
-
-template <class T>
-T get(std::span<const std::byte> from, std::size_t at) {
-  T value;
-  CHECK(at + sizeof value <= from.size());
-  std::memcpy(&value, from.data() + at, sizeof value);
-  return value;
-}
 
 Failure damaged(const std::string& what) {
   return Failure(Error(what, EBADMSG).with_remedy("remove the file, and record the working set again"));

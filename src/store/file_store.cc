@@ -2,8 +2,6 @@
 // thread that may block.
 #include <fcntl.h>
 #include <fmt/format.h>
-#include <pthread.h>
-#include <signal.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <uffdkit/signal_safe_store.h>
@@ -21,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/signals_blocked.h"
 #include "store/read_ahead.h"
 
 namespace uffdkit {
@@ -97,11 +96,7 @@ class HoleFinder {
     // With a position of its own.
     UniqueFd own(::open(fmt::format("/proc/self/fd/{}", fd).c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
     if (!own) return;
-    // Handlers of signals are for threads of the program's own.
-    sigset_t all;
-    sigset_t before;
-    ::sigfillset(&all);
-    ::pthread_sigmask(SIG_SETMASK, &all, &before);
+    const SignalsBlocked blocked;
     try {
       finder_ = std::jthread([this, file_bytes, file = std::move(own)](const std::stop_token& stop) {
         all_ = first_;
@@ -111,7 +106,6 @@ class HoleFinder {
     } catch (const std::system_error&) {
       // Without a thread the rest counts as data.
     }
-    ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
 
   Extent at(std::uint64_t from) const {
