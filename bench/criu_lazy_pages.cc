@@ -15,6 +15,7 @@
 #include "harness/statistics.h"
 #include "support/criu_restorer.h"
 #include "support/lazy_pages.h"
+#include "support/paths.h"
 
 namespace uffdkit::bench {
 namespace {
@@ -89,7 +90,7 @@ void measure(const Options& options, const Settings& settings, Report& report) {
       continue;
     task.work = shape.work;
     std::vector<Contender> all = {
-        {.name = "plain", .command = {UFFDKIT_BINARY_DIR "/plain_lazy_pages", "-D", options.directory}},
+        {.name = "plain", .command = {test::built("plain_lazy_pages"), "-D", options.directory}},
         {.name = "uffdkit", .command = {options.uffdkit, "criu", "lazy-pages", "-D", options.directory}}};
     for (unsigned round = 0; round < options.rounds_or(5); ++round) {
       restore_plain(options.directory, task, all[0], report);

@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "support/paths.h"
 #include "support/temp_dir.h"
 
 namespace uffdkit::bench {
@@ -79,7 +80,7 @@ int run_bench(int argc, char** argv, const std::string& question,
               const std::function<void(const Options&, Report&)>& measure) {
   CLI::App app(question);
   Options options;
-  options.uffdkit = UFFDKIT_BINARY_DIR "/uffdkit";
+  options.uffdkit = test::built("uffdkit");
   app.add_flag("--smoke", options.smoke, "Small and quick: shows that the bench works, measures nothing");
   app.add_option("--rounds", options.rounds, "Rounds in which all take their turn; 0: the bench's choice")
       ->capture_default_str();

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "daemon/fixture.h"
+#include "support/paths.h"
 #include "support/program.h"
 #include "support/turmoil.h"
 
@@ -105,7 +106,7 @@ class CrashAtEveryStep : public Crash,
                                    "--image", "image=" + image_.path(), "--workers", "1"},
           ManagerProcess::Setting{
               .environment = {"UFFDKIT_CRASH_AT=" + std::to_string(worker) + ":" + std::to_string(step)},
-              .program = UFFDKIT_BINARY_DIR "/uffdkit-steps"});
+              .program = built("uffdkit-steps")});
     } catch (const std::runtime_error&) {
       return Came::not_ready;  // and so all of it has ended, and nobody is served
     }
@@ -335,8 +336,9 @@ class BadUpgrade : public Crash, public testing::WithParamInterface<const char*>
 
 TEST_P(BadUpgrade, IsUndoneAndTheOldProgramGoesOn) {
   const std::string program = directory_ / "uffdkit";
-  std::filesystem::copy_file(UFFDKIT_BINARY_DIR "/uffdkit", program);
-  const ManagerProcess manager(directory_, arguments(), {.program = program});
+  std::filesystem::copy_file(built("uffdkit"), program);
+  const ManagerProcess manager(directory_, arguments(),
+                               {.environment = {"STEPS=" + built("uffdkit-steps")}, .program = program});
   Turmoil turmoil(image_);
   start(turmoil, 3);
   std::filesystem::remove(program);
@@ -350,7 +352,7 @@ TEST_P(BadUpgrade, IsUndoneAndTheOldProgramGoesOn) {
   EXPECT_EQ(turmoil.hanging(), "");
   // And can be replaced still.
   std::filesystem::remove(program);
-  std::filesystem::copy_file(UFFDKIT_BINARY_DIR "/uffdkit", program);
+  std::filesystem::copy_file(built("uffdkit"), program);
   EXPECT_EQ(run_program("uffdkit", {"upgrade", "--control", manager.control()}).exit_code, 0);
   EXPECT_EQ(manager.count("upgrades"), 1u);
   EXPECT_EQ(turmoil.stop(), 0u) << manager.log();
@@ -359,8 +361,7 @@ TEST_P(BadUpgrade, IsUndoneAndTheOldProgramGoesOn) {
 INSTANTIATE_TEST_SUITE_P(Programs, BadUpgrade,
                          testing::Values("#!/bin/sh\nexit 3\n", "#!/bin/sh\nexec sleep 100\n", "no program",
                                          // Serves nothing, as it is told to end at its first step.
-                                         "#!/bin/sh\nexport UFFDKIT_CRASH_AT=2:1\nexec " UFFDKIT_BINARY_DIR
-                                         "/uffdkit-steps \"$@\"\n"));
+                                         "#!/bin/sh\nexport UFFDKIT_CRASH_AT=2:1\nexec \"$STEPS\" \"$@\"\n"));
 
 TEST_F(Crash, ASocketThatWasAddedIsListenedAtAfterwards) {
   const ManagerProcess manager(directory_, arguments());

@@ -19,6 +19,7 @@
 #include <thread>
 
 #include "daemon/fixture.h"
+#include "support/paths.h"
 #include "support/program.h"
 #include "support/sigbus.h"
 
@@ -245,7 +246,7 @@ TEST_F(ImageOfAProcess, GoesOnWhenTheCommandIsKilled) {
   process.channel().receive();
   Child command([&](const Channel&) {
     const std::string pid = std::to_string(process.pid());
-    execl(UFFDKIT_BINARY_DIR "/uffdkit", "uffdkit", "image", "create", "--level", "19", "--pid", pid.c_str(),
+    execl(built("uffdkit").c_str(), "uffdkit", "image", "create", "--level", "19", "--pid", pid.c_str(),
           image_.c_str(), nullptr);
     return 1;
   });

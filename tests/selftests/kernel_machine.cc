@@ -22,6 +22,7 @@
 #include "selftests/machine.h"
 #include "support/huge_pages.h"
 #include "support/mapping.h"
+#include "support/paths.h"
 #include "support/serving.h"
 
 namespace uffdkit::selftests {
@@ -249,9 +250,9 @@ class Kernel final : public Machine {
     if (type == MemoryType::anon) return {};
     if (type != MemoryType::file_private)
       return test::memory_file(bytes, is_huge(type) ? MFD_HUGETLB | MFD_HUGE_2MB : 0u);
-    UniqueFd file(open(UFFDKIT_BINARY_DIR, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
+    UniqueFd file(open(test::build_directory().c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
     if (!file || ftruncate(file.get(), static_cast<off_t>(bytes)) != 0)
-      throw Lacking("needs a filesystem with O_TMPFILE at " UFFDKIT_BINARY_DIR);
+      throw Lacking("needs a filesystem with O_TMPFILE at " + test::build_directory());
     return file;
   }
 

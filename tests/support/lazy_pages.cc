@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <system_error>
 
+#include "support/paths.h"
 #include "support/sanitizers.h"
 
 namespace uffdkit::test {
@@ -24,7 +25,7 @@ namespace {
 
 std::vector<std::string> lazy_pages_command(const std::string& directory,
                                             const std::vector<std::string>& arguments) {
-  std::vector<std::string> command = {UFFDKIT_BINARY_DIR "/uffdkit", "criu", "lazy-pages", "-D", directory};
+  std::vector<std::string> command = {built("uffdkit"), "criu", "lazy-pages", "-D", directory};
   command.insert(command.end(), arguments.begin(), arguments.end());
   // Sanitizers have threads and system calls of their own.
   if (kSanitized) command.emplace_back("--no-sandbox");

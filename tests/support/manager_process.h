@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "support/paths.h"
 #include "support/temp_dir.h"
 
 namespace uffdkit::test {
@@ -37,7 +38,7 @@ class ManagerProcess {
   struct Setting {
     std::vector<std::string> environment = {};  // "NAME=VALUE", added to the test's own
     std::size_t descriptors_max = 0;            // RLIMIT_NOFILE; 0: as it is
-    std::string program = UFFDKIT_BINARY_DIR "/uffdkit";
+    std::string program = built("uffdkit");
     std::chrono::milliseconds lifetime = std::chrono::seconds(100);  // then it is killed
   };
 

@@ -10,6 +10,8 @@
 #include <cerrno>
 #include <system_error>
 
+#include "support/paths.h"
+
 namespace uffdkit::test {
 namespace {
 
@@ -27,7 +29,7 @@ std::string read_all(int fd) {
 }  // namespace
 
 Finished run_program(const std::string& program, const std::vector<std::string>& arguments, uid_t as) {
-  const std::string path = std::string(UFFDKIT_BINARY_DIR "/") + program;
+  const std::string path = built(program);
   // Opened here, since the other user may not be able to reach the path.
   const UniqueFd binary(open(path.c_str(), O_PATH | O_CLOEXEC));
   const UniqueFd out(memfd_create("stdout", MFD_CLOEXEC));

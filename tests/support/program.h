@@ -17,7 +17,7 @@ struct Finished {
 // The user without rights.
 inline constexpr uid_t kNobody = 65534;
 
-// Runs UFFDKIT_BINARY_DIR/`program` with these arguments, as the user `as` (0: as this one; another needs
+// Runs `program` of the build with these arguments, as the user `as` (0: as this one; another needs
 // root). Waits for its end.
 Finished run_program(const std::string& program, const std::vector<std::string>& arguments, uid_t as = 0);
 

@@ -7,6 +7,7 @@
 #include <random>
 #include <sstream>
 
+#include "support/paths.h"
 #include "support/pieces.h"
 
 namespace uffdkit::native {
@@ -407,7 +408,7 @@ TEST(Native, AnImageMemoryWithoutAModeIsRefused) {
 // The bytes after `marker` in docs/protocol.md, up to the end of its code block: in each line, the
 // hexadecimal numbers before two spaces.
 std::vector<std::byte> documented_bytes(const std::string& marker) {
-  std::ifstream file(UFFDKIT_SOURCE_DIR "/docs/protocol.md");
+  std::ifstream file(test::in_source("docs/protocol.md"));
   std::string line;
   while (std::getline(file, line) && line != marker) {
   }
