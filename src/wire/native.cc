@@ -599,6 +599,10 @@ Result<std::vector<Frame>> FrameReader::feed(Piece piece) {
   std::ranges::move(piece.fds, std::back_inserter(fds_));
   buffer_.insert(buffer_.end(), piece.bytes.begin(), piece.bytes.end());
 
+  const auto wrong_count = [this](std::uint16_t type, std::size_t expected) {
+    return broken(fmt::format("a frame of type {:#x} came with {} descriptors instead of {}", type,
+                              fds_.size(), expected));
+  };
   std::vector<Frame> frames;
   std::size_t at = 0;
   while (buffer_.size() - at >= kHeaderBytes) {
@@ -608,15 +612,20 @@ Result<std::vector<Frame>> FrameReader::feed(Piece piece) {
     if (rest.size() - kHeaderBytes < header->payload_bytes) break;
     const std::span<const std::byte> payload = rest.subspan(kHeaderBytes, header->payload_bytes);
     const std::optional<std::size_t> expected = fds_of(header->type, reads_);
-    if (expected && *expected != fds_.size())
-      return broken(fmt::format("a frame of type {:#x} came with {} descriptors instead of {}", header->type,
-                                fds_.size(), *expected));
-    if (!expected) fds_.clear();
+    // The kernel hands out the bytes of frames without descriptors and the first of one with some as one
+    // piece.
+    const bool takes = expected && *expected > 0;
+    if (takes && *expected != fds_.size()) return wrong_count(header->type, *expected);
     frames.push_back({.type = header->type,
                       .request_id = header->request_id,
                       .payload = {payload.begin(), payload.end()},
-                      .fds = std::exchange(fds_, {})});
+                      .fds = takes ? std::exchange(fds_, {}) : std::vector<UniqueFd>()});
     at += kHeaderBytes + header->payload_bytes;
+  }
+  if (at == buffer_.size() && !fds_.empty() && !frames.empty()) {
+    // They came with the last one then.
+    if (fds_of(frames.back().type, reads_)) return wrong_count(frames.back().type, 0);
+    fds_.clear();
   }
   buffer_.erase(buffer_.begin(), buffer_.begin() + static_cast<std::ptrdiff_t>(at));
   if (piece.end && !buffer_.empty()) return broken("the connection ended within a frame");

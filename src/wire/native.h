@@ -181,9 +181,9 @@ class FrameReader {
   enum class Reads { requests, answers };
   explicit FrameReader(Reads reads) : reads_(reads) {}
 
-  // Takes one piece; returns the frames that it completes, in order. Descriptors belong to the frame during
-  // which they came; there must be exactly as many as the frame's type carries, except that a type that is
-  // not known may carry any, which are closed. Errors: wrong magic, version or reserved bits; a payload
+  // Takes one piece; returns the frames that it completes, in order. Descriptors belong to the first frame
+  // since they came whose type carries some; there must be exactly as many, except that a type that is not
+  // known may carry any, which are closed. Errors: wrong magic, version or reserved bits; a payload
   // larger than kPayloadBytesMax; descriptors missing, lost or too many; the end within a frame. The stream
   // is of no use after an error.
   Result<std::vector<Frame>> feed(Piece piece);

@@ -206,6 +206,21 @@ TEST(FrameReader, SeveralFramesMayComeAtOnce) {
   EXPECT_EQ(frames->at(0).request_id, 2u);
 }
 
+// As the kernel does with what is sent before anything is received.
+TEST(FrameReader, DescriptorsMayComeWithTheFramesBeforeTheirOwn) {
+  OutgoingFrame hello = encode_request(1, Hello{});
+  OutgoingFrame attach =
+      encode_request(2, Attach{.request = {.image = "guest", .regions = kRegions}, .uffd = one_fd()});
+  std::vector<std::byte> bytes = hello.bytes;
+  bytes.insert(bytes.end(), attach.bytes.begin(), attach.bytes.end());
+  FrameReader reader(Reads::requests);
+  auto frames = reader.feed(piece_of(bytes, std::move(attach.fds)));
+  ASSERT_TRUE(frames) << frames.error().text();
+  ASSERT_EQ(frames->size(), 2u);
+  EXPECT_TRUE(frames->front().fds.empty());
+  EXPECT_EQ(frames->back().fds.size(), 1u);
+}
+
 TEST(FrameReader, ATypeOfALaterVersionIsPassedOnAndItsDescriptorsAreClosed) {
   OutgoingFrame frame = encode_request(9, Query{});
   frame.bytes[6] = std::byte{0x42};
