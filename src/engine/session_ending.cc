@@ -134,12 +134,19 @@ void Session::begin_end(SessionEnd end) {
 
 void Session::finish_ending() {
   if (!ending_) return;
+  const bool is_late = host_.now_ns() - ending_since_ns_ >= kEndingMaxNs;
   // A thread may have begun to change its memory before that was unregistered: its event is still to be read,
   // or the thread would sleep until the last descriptor is closed.
-  if (is_changing() && host_.now_ns() - ending_since_ns_ < kEndingMaxNs) return;
-  for (const auto& [memory, page_size] : std::exchange(ends_, {})) unregister_with_growth(memory, page_size);
-  if (!ends_.empty() && host_.now_ns() - ending_since_ns_ < kEndingMaxNs) return;
-  for (const auto& [memory, page_size] : std::exchange(ends_, {})) (void)uffd_.unregister_range(memory);
+  if (is_changing() && !is_late) return;
+  if (!ends_.empty()) {
+    for (const auto& [memory, page_size] : std::exchange(ends_, {}))
+      unregister_with_growth(memory, page_size);
+    // And before these were.
+    if (!is_late && (!ends_.empty() || is_changing())) return;
+    for (const auto& [memory, page_size] : std::exchange(ends_, {})) (void)uffd_.unregister_range(memory);
+  }
+  // Unregistering wakes nobody where nothing is mapped any more, and not every client tells of that.
+  wake_all();
   finish(*ending_);
 }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <string>
 
@@ -51,6 +52,30 @@ class Host final : public SessionHost {
   std::vector<std::byte> scratch_ = std::vector<std::byte>(kFetchGranulesMax * sim::test::kPage);
 };
 
+// A client's threads do something at the instant before a range is unregistered.
+class HookedCalls final : public SystemCalls {
+ public:
+  explicit HookedCalls(SystemCalls& calls) : calls_(calls) {}
+  int userfaultfd(int flags) override { return calls_.userfaultfd(flags); }
+  int open(const char* path, int flags) override { return calls_.open(path, flags); }
+  int ioctl(int fd, unsigned long request, std::uintptr_t argument) override {
+    if (request == abi::kIoctlUnregister && before_unregister) std::exchange(before_unregister, nullptr)();
+    return calls_.ioctl(fd, request, argument);
+  }
+  std::ptrdiff_t read(int fd, void* buffer, std::size_t bytes) override {
+    return calls_.read(fd, buffer, bytes);
+  }
+  int poll_readable(int fd, int timeout_ms) override { return calls_.poll_readable(fd, timeout_ms); }
+  int get_flags(int fd) override { return calls_.get_flags(fd); }
+  int duplicate(int fd) override { return calls_.duplicate(fd); }
+  int close(int fd) override { return calls_.close(fd); }
+
+  std::function<void()> before_unregister;
+
+ private:
+  SystemCalls& calls_;
+};
+
 // One process whose file memory shows the store, with a session that is stepped while a thread waits.
 class SimLostPages : public testing::Test {
  protected:
@@ -58,8 +83,7 @@ class SimLostPages : public testing::Test {
       : world_(features),
         file_(world_.kernel.make_shmem(ByteCount(kPages * sim::test::kPage))),
         start_(world_.area(sim::Memory::shmem_shared, kPages, sim::test::kMissingMode, file_)),
-        session_(Uffd::adopt(world_.uffd.duplicate().value().release(), world_.uffd.features(),
-                             world_.process.system_calls()),
+        session_(Uffd::adopt(world_.uffd.duplicate().value().release(), world_.uffd.features(), calls_),
                  SessionState::create("seven").value(), {}, {.fault_around = PageCount(1)}, host_) {
     session_
         .add_region(sim::test::pages(start_, kPages), StoreOffset(0), kPage4K,
@@ -80,6 +104,7 @@ class SimLostPages : public testing::Test {
 
   static constexpr std::uint64_t kPages = 64;
   sim::test::World world_;
+  HookedCalls calls_{world_.process.system_calls()};
   Host host_;
   sim::ObjectPtr file_;
   Address start_;
@@ -107,6 +132,50 @@ TEST_F(SimLostPagesUntold, AreTheStoresWhereNothingIsToldOfRemovals) {
   EXPECT_EQ(read(3), 7);
   punch(3, 1);
   EXPECT_EQ(read(3), 7);
+}
+
+class SimEndedSession : public SimLostPages {
+ protected:
+  void begin_to_remove(sim::Thread& thread, std::uint64_t page) {
+    thread.advise(sim::test::pages(sim::test::at(start_, page), 1), sim::Advice::dont_need);
+    world_.kernel.run();
+  }
+  void end_session() {
+    session_.release();
+    for (int steps = 0; steps < 10 && !session_.end(); ++steps) {
+      session_.step();
+      world_.kernel.run();
+    }
+    EXPECT_TRUE(session_.end());
+  }
+};
+
+// Its client tells nothing of munmap(2): Firecracker's do not.
+TEST_F(SimEndedSession, LeavesNoThreadAsleepWhereNothingIsMappedAnyMore) {
+  sim::Thread& reader = world_.read(sim::test::at(start_, kPages - 1));
+  sim::Thread& other = world_.process.spawn_thread();
+  begin_to_remove(other, 9);
+  // The fault is read, and cannot be served yet.
+  session_.step();
+  world_.kernel.run();
+  other.unmap(sim::test::pages(sim::test::at(start_, kPages - 1), 1));
+  world_.kernel.run();
+  begin_to_remove(other, 9);
+  ASSERT_TRUE(sim::test::asleep(reader));
+  end_session();
+  ASSERT_TRUE(reader.last());
+  EXPECT_EQ(reader.last()->kind, sim::Completion::Kind::sigsegv);
+}
+
+TEST_F(SimEndedSession, LeavesNoThreadAsleepThatGaveBackWhatWasUnregisteredLast) {
+  sim::Thread& one = world_.process.spawn_thread();
+  sim::Thread& other = world_.process.spawn_thread();
+  // As long as memory is changing, nobody can say how long its mapping is: its end comes later.
+  begin_to_remove(one, 9);
+  calls_.before_unregister = [&] { calls_.before_unregister = [&] { begin_to_remove(other, kPages - 1); }; };
+  end_session();
+  EXPECT_FALSE(calls_.before_unregister);
+  EXPECT_EQ(sim::test::result_of(other), 0);
 }
 
 std::size_t open_descriptors() {
