@@ -31,6 +31,7 @@ namespace {
 struct Settings {
   std::uint64_t mib = 1024;
   unsigned percent = 25;
+  bool faults_only = false;
 };
 
 using Pages = std::vector<std::uint64_t>;
@@ -217,8 +218,8 @@ void measure(const Options& options, const Settings& settings, Report& report) {
   const std::string raw = options.directory + "/raw";
   const std::string compressed = options.directory + "/compressed";
   write_program_image(raw, bytes / kPageBytes);
-  create_image(options.uffdkit, raw, compressed, {});
-  measure_job(options, raw, compressed, bytes, settings, report);
+  if (!settings.faults_only) create_image(options.uffdkit, raw, compressed, {});
+  if (!settings.faults_only) measure_job(options, raw, compressed, bytes, settings, report);
   measure_faults(options, raw, bytes, settings, report);
 }
 
@@ -237,6 +238,8 @@ int main(int argc, char** argv) {
         app.add_option("--percent", settings.percent, "How much of it the job touches")
             ->check(CLI::Range(1, 100))
             ->capture_default_str();
+        app.add_flag("--faults-only", settings.faults_only,
+                     "Leave the job out, and ask only what a fault waits meanwhile");
       },
       [&](const Options& options, Report& report) { measure(options, settings, report); });
 }

@@ -1,5 +1,6 @@
 #include "engine/fetch.h"
 
+#include <array>
 #include <cerrno>
 #include <span>
 
@@ -56,6 +57,28 @@ void read_fetch(Fetch& fetch) {
       read && *read == ReadStatus::done)
     return;
   read_singly(fetch, std::bitset<kFetchGranulesMax>().set());
+}
+
+bool read_at_hand(Fetch& fetch) {
+  const auto* ahead = dynamic_cast<const ReadAhead*>(fetch.store.get());
+  if (ahead == nullptr || !ahead->is_only_copied()) return false;
+  std::array<std::byte, kPage4K.bytes().value> unwanted;
+  std::span<std::byte> rest = buffer_of(fetch);
+  const auto read = [&](StoreOffset from, std::span<std::byte> to) {
+    const Result<ReadStatus> status = fetch.store->read(from, to, Wait::no);
+    return status && *status == ReadStatus::done;
+  };
+  for (const FetchPiece& piece : fetch.pieces) {
+    const std::uint64_t bytes = kPage4K.bytes(piece.granules.count).value;
+    if (piece.read) {
+      if (!read(piece.from, rest.first(bytes))) return false;
+      rest = rest.subspan(bytes);
+      continue;
+    }
+    for (std::uint64_t at = 0; at < bytes; at += unwanted.size())
+      if (!read(piece.from + ByteCount(at), unwanted)) return false;
+  }
+  return true;
 }
 
 void read_failed_again(Fetch& fetch) {

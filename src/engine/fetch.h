@@ -59,6 +59,10 @@ struct Fetch {
 // alone, so that one bad page does not condemn its neighbours. A piece that cannot be read is left out whole.
 void read_fetch(Fetch& fetch);
 
+// Reads what was not asked for, if none of it has to be waited for or worked for, holes and what is left out
+// included. False: some of it has, and what the buffer has is of no use.
+bool read_at_hand(Fetch& fetch);
+
 // Tries the pages again that have failed.
 void read_failed_again(Fetch& fetch);
 

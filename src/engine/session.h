@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -309,12 +310,15 @@ class Session {
     unsigned under_way = 0;                      // that are
     unsigned good = 0;                           // that came back since the depth changed
     std::deque<std::unique_ptr<Fetch>> arrived;  // to be put into place
+    bool at_hand = false;                        // the last of these was read by the session itself
     // Of the first of these: the piece that is put, what of it is, and what lies in the buffer before it.
     std::size_t piece = 0;
     PageCount done;
     PageCount buffered;
     std::int64_t not_before_ns = 0;  // the kernel put it off until then
     unsigned attempts = 0;           // how often in a row
+    // When a page was asked for the last time that was not to be brought, or not soon.
+    std::int64_t missed_at_ns = std::numeric_limits<std::int64_t>::min() / 2;
     // In the background: what was not looked at begins there, when the next batch may be begun, and whether
     // its bytes were taken from the budget.
     bool background = false;
@@ -325,6 +329,12 @@ class Session {
     std::int64_t last_fault_ns = 0;
 
     bool has_order() const { return order != nullptr && next < order->pages().size(); }
+  };
+  // How much of it is done at once.
+  struct Pace {
+    std::size_t batch_pages;  // read together
+    unsigned batches;         // under way
+    std::size_t step_pages;   // put into place in one step
   };
   // Where a page of the image is shown.
   struct Place {
@@ -412,6 +422,7 @@ class Session {
   // A page is asked for that may not be there: for who records, and who wants to know what prefetching is
   // good for.
   void note_wanted(const Segment& segment, PageIndex granule);
+  Pace pace() const;
   bool is_left_out(PageIndex image_page) const;
   std::optional<Place> place_of(PageIndex image_page) const;
   bool is_untouched(RegionId region, PageRange granules);
@@ -420,13 +431,13 @@ class Session {
   Prefetching& prefetching();
   // Starts batches; true if there are more to be started at once.
   bool start_batches();
-  // False if enough was looked at in this step.
+  // False if enough was done in this step.
   bool start_batch_of_order();
-  // False if nothing of it can be begun now.
+  // False if no other can be begun in this step.
   bool start_background_batch();
   // Whether a batch may be begun in the background now; if not, its time is noted.
   bool may_start_in_background();
-  // Hands these to the region's lane; `granules` of them are read. False if there is no memory.
+  // Reads these, `granules` of them, at once or by the region's lane. False if that was enough for this step.
   bool submit(RegionId region, std::vector<FetchPiece> pieces, std::size_t granules, Urgency urgency);
   void prefetched(std::unique_ptr<Fetch> fetch);
   // A fault's read is back that was begun then.

@@ -17,11 +17,17 @@
 namespace uffdkit {
 namespace {
 
-// Pages that are read together: enough to keep a disk busy, and not so many that a fault which needs the disk
-// waits long.
+// Pages that are read together: enough to keep a disk busy.
 constexpr std::size_t kPagesPerBatch = 64;
 // Pages put into place in one step, then messages are read again: some 40 us.
 constexpr std::size_t kInstalledPerStep = 16;
+// The same while faults come for pages that are not expected, and shortly after: a fault waits behind all
+// reads that the disk has already, and for the piece of work that its worker is about. bench_cold_reads says
+// what a disk gives for how many reads at once: with 12, some two thirds.
+constexpr std::size_t kPagesPerBatchBeside = 12;
+constexpr unsigned kDepthBeside = 1;
+constexpr std::size_t kInstalledPerStepBeside = 3;
+constexpr std::int64_t kBesideNs = 10'000'000;
 // Pages of the order that are looked at in one step.
 constexpr std::size_t kLookedAtPerStep = 1024;
 // Page states, likewise, in the background.
@@ -61,15 +67,24 @@ void Session::prefetch(std::shared_ptr<const PrefetchOrder> order, std::shared_p
   prefetching().order = std::move(order);
   prefetching().lane = std::move(lane);
   prefetching().seed = seed;
-  notes_wanted_ = true;
 }
 
 Session::Prefetching& Session::prefetching() {
   if (prefetching_ == nullptr) {
     prefetching_ = std::make_unique<Prefetching>();
     prefetching_->depth = kDepthFirst;
+    notes_wanted_ = true;
   }
   return *prefetching_;
+}
+
+Session::Pace Session::pace() const {
+  const unsigned depth = prefetching_->depth;
+  if (host_.now_ns() - prefetching_->missed_at_ns >= kBesideNs)
+    return {.batch_pages = kPagesPerBatch, .batches = depth, .step_pages = kInstalledPerStep};
+  return {.batch_pages = kPagesPerBatchBeside,
+          .batches = std::min(depth, kDepthBeside),
+          .step_pages = kInstalledPerStepBeside};
 }
 
 bool Session::is_left_out(PageIndex image_page) const {
@@ -82,7 +97,10 @@ void Session::note_wanted(const Segment& segment, PageIndex granule) {
   // What was asked for before is no news.
   if (state_.table(segment.region).get(granule) != PageState::absent) return;
   if (record_.pages && serving.lane == record_.lane) record_.pages->wanted(page);
-  if (prefetching_ == nullptr || !prefetching_->order || serving.lane != prefetching_->lane) return;
+  if (prefetching_ == nullptr) return;
+  const bool has_order = prefetching_->order && serving.lane == prefetching_->lane;
+  if (!has_order || !prefetching_->order->has(page)) prefetching_->missed_at_ns = host_.now_ns();
+  if (!has_order) return;
   if (!prefetching_->order->has(page)) return add(counters_.prefetch_missed);
   add(is_left_out(page) ? counters_.prefetch_left_out_used : counters_.prefetch_late);
 }
@@ -121,8 +139,12 @@ bool Session::prefetch_step() {
 bool Session::start_batches() {
   Prefetching& prefetching = *prefetching_;
   if (state_.layout().segments().size() > kSegmentsSearchedMax) return stop_prefetching(), false;
+  // What is at hand is as soon read when it can be put into place. No thread has to be woken for it, and a
+  // worker that does not sleep between is there when a fault comes.
+  if (prefetching.arrived.empty()) prefetching.at_hand = false;
+  if (prefetching.at_hand) return false;
   const auto outstanding = [&] { return prefetching.under_way + prefetching.arrived.size(); };
-  const auto has_room = [&] { return outstanding() < prefetching.depth; };
+  const auto has_room = [&] { return outstanding() < pace().batches; };
   while (has_room() && prefetching.has_order()) {
     const std::optional<Place> next = place_of(PageIndex(prefetching.order->pages()[prefetching.next]));
     // One at a time, since others of the order may lie in it too.
@@ -143,6 +165,7 @@ bool Session::start_batches() {
 bool Session::start_batch_of_order() {
   Prefetching& prefetching = *prefetching_;
   const std::vector<std::uint32_t>& pages = prefetching.order->pages();
+  const std::size_t granules_max = pace().batch_pages;
   std::vector<FetchPiece> pieces;
   std::size_t granules = 0;
   std::size_t looked_at = 0;
@@ -155,7 +178,7 @@ bool Session::start_batch_of_order() {
     const bool is_huge = place->granules.count > kOneGranule;
     if (is_huge && prefetching.under_way + prefetching.arrived.size() > 0) break;
     const bool is_other = region != kZeroRegion && place->region != region;
-    if (is_other || (granules > 0 && granules + place->granules.count.value > kPagesPerBatch)) break;
+    if (is_other || (granules > 0 && granules + place->granules.count.value > granules_max)) break;
     region = place->region;
     // One that is left out comes from the page cache when it is asked for.
     const bool left_out = !is_huge && is_left_out(page);
@@ -237,7 +260,7 @@ bool Session::start_background_batch() {
     const PageIndex run_end =
         std::min(end, from + std::max(PageCount(of_kind / page.value * page.value), page));
     PageRange run{from, PageCount(0)};
-    while (run.end() < run_end && run.count + page <= std::max(PageCount(kPagesPerBatch), page) &&
+    while (run.end() < run_end && run.count + page <= std::max(PageCount(pace().batch_pages), page) &&
            is_untouched(region, {run.end(), page}))
       run.count = run.count + page;
     looked_at += std::max(run.count, page).value;
@@ -281,6 +304,13 @@ bool Session::submit(RegionId region, std::vector<FetchPiece> pieces, std::size_
   fetch->region = region;
   fetch->region_serial = serving_[region].serial;
   prefetching.begun = true;
+  // A huge page would keep the worker too long.
+  if (granules <= kPagesPerBatch && read_at_hand(*fetch)) {
+    add(counters_.bytes_read, fetch->bytes().value);
+    prefetching.arrived.push_back(std::move(fetch));
+    prefetching.at_hand = true;
+    return false;
+  }
   ++prefetching.under_way;
   host_.start_fetch(*lane, std::move(fetch));
   return true;
@@ -312,7 +342,7 @@ void Session::stop_prefetching() {
 
 void Session::install_arrived() {
   Prefetching& prefetching = *prefetching_;
-  std::size_t left = kInstalledPerStep;
+  std::size_t left = pace().step_pages;
   while (left > 0 && !prefetching.arrived.empty()) {
     Fetch& fetch = *prefetching.arrived.front();
     const bool is_current = serving_[fetch.region].serial == fetch.region_serial;

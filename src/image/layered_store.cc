@@ -107,6 +107,7 @@ class LayeredStore final : public Store, public ReadAhead {
       at = part_end;
     }
   }
+  bool is_only_copied() const noexcept override { return false; }
 
  private:
   using Place = std::vector<Segment>::const_iterator;

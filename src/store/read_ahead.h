@@ -1,5 +1,5 @@
 // A store that can be told what will be read from it soon, so that it comes from the disk while others are
-// read. Found by dynamic_cast; a store without it is read as it is.
+// read, and that tells what reading costs. Found by dynamic_cast; a store without it is read as it is.
 #pragma once
 
 #include <uffdkit/units.h>
@@ -12,6 +12,8 @@ class ReadAhead {
   // [from, from + bytes), within the store's size, is read soon. A hint: nothing comes of an error. May wait
   // for the disk's queue, not for the bytes. Threads: any.
   virtual void will_need(StoreOffset from, ByteCount bytes) noexcept = 0;
+  // Whether what can be read without waiting is only copied, and not decompressed.
+  virtual bool is_only_copied() const noexcept = 0;
 };
 
 }  // namespace uffdkit

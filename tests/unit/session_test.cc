@@ -15,6 +15,8 @@
 #include <set>
 #include <vector>
 
+#include "store/read_ahead.h"
+
 namespace uffdkit {
 namespace {
 
@@ -160,7 +162,7 @@ class FakeKernel final : public SystemCalls {
   }
 };
 
-class FakeStore final : public Store {
+class FakeStore : public Store {
  public:
   explicit FakeStore(std::uint64_t size_pages = kPages) : size_(size_pages * kPage) {}
   bool cached = true;
@@ -194,6 +196,17 @@ class FakeStore final : public Store {
 
  private:
   const std::uint64_t size_;
+};
+
+// One whose bytes are only copied.
+class CopyingStore final : public FakeStore, public ReadAhead {
+ public:
+  using FakeStore::FakeStore;
+  std::set<std::uint64_t> told;  // pages that will be needed
+  void will_need(StoreOffset from, ByteCount bytes) noexcept override {
+    for (std::uint64_t at = 0; at < bytes.value; at += kPage) told.insert((from.value + at) / kPage);
+  }
+  bool is_only_copied() const noexcept override { return true; }
 };
 
 class FakeHost final : public SessionHost {
@@ -1593,6 +1606,68 @@ TEST_F(Prefetch, FewPagesArePutBetweenTwoLooksAtMessages) {
   EXPECT_EQ(at(900), tag_of(900));
   EXPECT_LE(present().size(), 17u);
   bring_all();
+}
+
+TEST_F(Prefetch, LittleIsUnderWayWhileOtherPagesAreAskedFor) {
+  std::vector<std::uint32_t> order;
+  for (std::uint32_t page = 0; page < 900; ++page) order.push_back(page);
+  kernel_.fault(pages(1000));
+  prefetch(order);
+  settle();
+  ASSERT_EQ(host_.fetches.size(), 1u);
+  EXPECT_LE(host_.fetches.front()->granules.value, 16u);
+  // Faults for what is on its way change nothing.
+  host_.now += 1000 * kMillisecond;
+  kernel_.fault(pages(800));
+  settle();
+  EXPECT_GE(host_.fetches.size(), 2u);
+  bring_all();
+  EXPECT_GT(present().size(), 880u);
+}
+
+class PrefetchAtHand : public Prefetch {
+ protected:
+  PrefetchAtHand() { EXPECT_TRUE(session_.add_region(pages(1024, 512), StoreOffset(0), kPage4K, copying_)); }
+  void prefetch(const std::vector<std::uint32_t>& order) {
+    session_.prefetch(std::make_shared<PrefetchOrder>(order), copying_, kSeed);
+  }
+  const std::shared_ptr<CopyingStore> copies_ = std::make_shared<CopyingStore>();
+  const std::shared_ptr<StoreLane> copying_ = StoreLane::create(copies_).value();
+};
+
+TEST_F(PrefetchAtHand, WhatNeedsNoWaitingNeedsNoLane) {
+  std::vector<std::uint32_t> order;
+  for (std::uint32_t page = 0; page < 400; ++page) order.push_back(page);
+  prefetch(order);
+  settle();
+  EXPECT_TRUE(host_.fetches.empty());
+  EXPECT_GT(present().size(), 380u);
+  for (const std::uint64_t page : present()) EXPECT_EQ(at(page), tag_of(page - 1024));
+  EXPECT_TRUE(copies_->told.empty());
+  EXPECT_EQ(session_.step().again, false);
+}
+
+TEST_F(PrefetchAtHand, WhatHasToBeWaitedForGoesToTheLane) {
+  copies_->cached = false;
+  prefetch({5, 6, 9});
+  settle();
+  EXPECT_EQ(host_.fetches.size(), 1u);
+  bring_all();
+  EXPECT_EQ(present(), (std::vector<std::uint64_t>{1029, 1030, 1033}));
+  EXPECT_EQ(copies_->told, (std::set<std::uint64_t>{5, 6, 9}));
+}
+
+TEST_F(PrefetchAtHand, AFaultIsServedBetweenTwoPiecesOfIt) {
+  std::vector<std::uint32_t> order;
+  for (std::uint32_t page = 0; page < 400; ++page) order.push_back(page);
+  prefetch(order);
+  session_.step();
+  kernel_.fault(pages(900));
+  session_.step();
+  EXPECT_EQ(at(900), tag_of(900));
+  EXPECT_LE(present().size(), 33u);
+  settle();
+  EXPECT_GT(present().size(), 380u);
 }
 
 TEST_F(Prefetch, EndsWhereTheClientIsDetached) {
