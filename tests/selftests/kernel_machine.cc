@@ -24,11 +24,13 @@
 #include "support/mapping.h"
 #include "support/paths.h"
 #include "support/serving.h"
+#include "support/transparent_pages.h"
 
 namespace uffdkit::selftests {
 namespace {
 
 using test::Mapping;
+using test::TransparentPages;
 
 constexpr std::size_t kHugePagesMax = 8;
 
@@ -184,6 +186,35 @@ int fork_and_wait(const std::function<int(Thread&)>& body) {
   return WIFSIGNALED(status) ? -WTERMSIG(status) : WEXITSTATUS(status);
 }
 
+// ---- page frames -----------------------------------------------------------------------------------------
+
+template <class Entry>
+Entry entry_of(int file, std::uint64_t index) {
+  Entry entry{};
+  if (pread(file, &entry, sizeof entry, static_cast<off_t>(index * sizeof entry)) != sizeof entry) return {};
+  return entry;
+}
+
+// Whether all of a range is mapped from one huge page's frames, which the kernel shows to root.
+// Source: Documentation/admin-guide/mm/pagemap.rst.
+bool is_one_page(AddressRange range) {
+  constexpr std::uint64_t kFrame = (std::uint64_t{1} << 55) - 1;
+  constexpr std::uint64_t kHead = 1u << 15;
+  constexpr std::uint64_t kTail = 1u << 16;
+  const UniqueFd pagemap(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
+  const UniqueFd flags(open("/proc/kpageflags", O_RDONLY | O_CLOEXEC));
+  const std::uint64_t first_page = range.start.value >> kPage4K.shift();
+  const std::uint64_t first = entry_of<std::uint64_t>(pagemap.get(), first_page) & kFrame;
+  if (!flags || first == 0) throw Lacking("needs root, to see page frames");
+  for (std::uint64_t i = 0; i < kPage4K.pages(range.length).value; ++i) {
+    const std::uint64_t frame = entry_of<std::uint64_t>(pagemap.get(), first_page + i) & kFrame;
+    const std::uint64_t expected = i == 0 ? kHead : kTail;
+    if (frame != first + i || (entry_of<std::uint64_t>(flags.get(), frame) & (kHead | kTail)) != expected)
+      return false;
+  }
+  return true;
+}
+
 // ---- the machine ----------------------------------------------------------------------------------------
 
 class Kernel final : public Machine {
@@ -217,6 +248,24 @@ class Kernel final : public Machine {
     const UniqueFd file = file_for(type, bytes);
     area.start = map_at(place(area.range().length), bytes, type, file.get());
     if (is_shared(type)) area.second = map_at(place(area.range().length), bytes, type, file.get());
+    return area;
+  }
+
+  std::vector<ByteCount> transparent_sizes(MemoryType type) override {
+    std::vector<ByteCount> sizes;
+    for (const std::size_t bytes : TransparentPages::sizes(of(type))) sizes.emplace_back(bytes);
+    return sizes;
+  }
+  Area map_transparent(MemoryType type, ByteCount bytes) override {
+    const Area area = map(type, bytes.value / kPage4K.bytes().value);
+    {
+      const TransparentPages allowed(of(type), bytes.value);
+      if (!allowed.lacking().empty()) throw Lacking(allowed.lacking());
+      here_.advise(area.range(), Advice::huge_page);
+      for (std::size_t page = 0; page < area.pages; ++page) here_.write(area.at(page), std::byte{1});
+    }
+    if (!is_one_page(area.range()))
+      throw Lacking("needs a free transparent huge page of " + std::to_string(bytes.value >> 10) + " KiB");
     return area;
   }
 
@@ -264,6 +313,10 @@ class Kernel final : public Machine {
     // A kernel without transparent huge pages refuses this, and needs it not.
     if (type == MemoryType::anon) madvise(pointer(where), bytes, MADV_NOHUGEPAGE);
     return where;
+  }
+
+  static TransparentPages::Of of(MemoryType type) {
+    return is_shared(type) ? TransparentPages::Of::shmem : TransparentPages::Of::anonymous;
   }
 
   struct sigaction before_{};

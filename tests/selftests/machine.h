@@ -121,6 +121,10 @@ class Machine {
   // `pages` of the type's size, from where a page of 2 MiB could be. Without transparent huge pages unless
   // Advice::huge_page or collapse asks for them.
   virtual Area map(MemoryType type, std::size_t pages) = 0;
+  // The sizes between a small page's and 2 MiB that transparent huge pages of this type can have.
+  virtual std::vector<ByteCount> transparent_sizes(MemoryType type) = 0;
+  // One of them, with ones in it. Throws Lacking.
+  virtual Area map_transparent(MemoryType type, ByteCount bytes) = 0;
   // A free place for so many bytes, from where a page of 2 MiB could be.
   virtual Address place(ByteCount bytes) = 0;
   // The first thread of the process.

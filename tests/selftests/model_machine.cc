@@ -239,6 +239,15 @@ class Model final : public Machine {
     if (is_shared(type)) area.second = map_at(place(bytes), bytes, type, object);
     return area;
   }
+  // They are the same as small ones, side by side, to all that the model has.
+  std::vector<ByteCount> transparent_sizes(MemoryType) override {
+    return {ByteCount(16 << 10), ByteCount(64 << 10), ByteCount(1 << 20)};
+  }
+  Area map_transparent(MemoryType type, ByteCount bytes) override {
+    const Area area = map(type, bytes.value / kPage4K.bytes().value);
+    for (std::size_t page = 0; page < area.pages; ++page) here_.write(area.at(page), std::byte{1});
+    return area;
+  }
   Address place(ByteCount bytes) override {
     const Address found(next_place_);
     next_place_ += (bytes.value / kPage2M.bytes().value + 2) * kPage2M.bytes().value;

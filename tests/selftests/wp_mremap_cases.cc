@@ -1,5 +1,6 @@
 // uffd-wp-mremap: who did not ask for REMAP events has unarmed pages where mremap(2) moved armed ones.
 #include <array>
+#include <vector>
 
 #include "selftests/case.h"
 
@@ -53,6 +54,17 @@ void check_mremap(Case& test, const Area& area, Swapped swapped) {
   EXPECT_EQ(self.read(to), std::byte{1});
 }
 
+// Of each size that the machine has.
+void check_transparent(Case& test, Swapped swapped) {
+  const std::vector<ByteCount> sizes = test.machine().transparent_sizes(test.type());
+  if (sizes.empty()) throw Lacking("needs transparent huge pages between 4 KiB and 2 MiB (Linux 6.8)");
+  for (const ByteCount bytes : sizes) {
+    SCOPED_TRACE(bytes.value);
+    check_mremap(test, test.machine().map_transparent(test.type(), bytes), swapped);
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
 }  // namespace
 
 KERNEL_CASE(wp_mremap, kAllTypes) {
@@ -61,6 +73,14 @@ KERNEL_CASE(wp_mremap, kAllTypes) {
 
 KERNEL_CASE(wp_mremap_swapped, kSmallPages) {
   check_mremap(test, filled(test, test.type(), 1), Swapped::yes);
+}
+
+KERNEL_CASE(wp_mremap_mthp, kSmallPages) {
+  check_transparent(test, Swapped::no);
+}
+
+KERNEL_CASE(wp_mremap_mthp_swapped, kSmallPages) {
+  check_transparent(test, Swapped::yes);
 }
 
 KERNEL_CASE(wp_mremap_thp, kSmallPages) {
