@@ -6,8 +6,6 @@
 
 #include <utility>
 
-#include "base/clock.h"
-
 namespace uffdkit {
 namespace {
 
@@ -35,11 +33,13 @@ constexpr std::int64_t kRetryNs = 200'000;
 
 Actor::Actor(SessionId id, SessionId parent, Uffd uffd, SessionState state,
              std::vector<std::shared_ptr<StoreLane>> lanes, SessionOptions options,
-             std::optional<UniqueFd> process, ActorScheduler& scheduler, EngineListener& listener)
+             std::optional<UniqueFd> process, ActorScheduler& scheduler, EngineListener& listener,
+             Threads threads)
     : id_(id),
       parent_(parent),
       scheduler_(scheduler),
       listener_(listener),
+      threads_(threads),
       process_(std::move(process)),
       session_(std::move(uffd), std::move(state), std::move(lanes), options, *this) {
   update_shape();
@@ -70,7 +70,7 @@ void Actor::fetched(std::unique_ptr<Fetch> fetch) {
                                              state == RunState::idle ? RunState::running : RunState::again));
   if (state != RunState::idle) return;
 
-  turn_ns_ = monotonic_ns();
+  turn_ns_ = threads_.now_ns();
   if (turn_ns_ < share_.rests_until_ns()) {
     const std::int64_t until_ns = share_.rests_until_ns();
     run_state_.store(RunState::idle);
@@ -110,7 +110,7 @@ void Actor::fetched(std::unique_ptr<Fetch> fetch) {
       scheduler_.serves(id_, turn_ns_);
     }
     if (first_fault_ns == 0) first_fault_ns = last_fault_ns;
-    const std::int64_t now_ns = monotonic_ns();
+    const std::int64_t now_ns = threads_.now_ns();
     gives_way_ = gives_way_ || leaves_to_others(now_ns);
     const bool may_look = !gives_way_ && first_fault_ns != 0 && last_fault_ns - first_fault_ns < kRunMaxNs;
     if (!more && may_look) {
@@ -122,7 +122,7 @@ void Actor::fetched(std::unique_ptr<Fetch> fetch) {
         early = looks_early;
         spun = spins;
         turns = 0;
-        turn_ns_ = looks_early ? now_ns : monotonic_ns();
+        turn_ns_ = looks_early ? now_ns : threads_.now_ns();
         continue;
       }
     }
@@ -139,7 +139,7 @@ void Actor::fetched(std::unique_ptr<Fetch> fetch) {
       if (reads_ && !armed_.exchange(true) && !scheduler_.arm(id_, session_.uffd().fd())) {
         // A session that is not armed hears of no fault.
         armed_.store(false);
-        scheduler_.schedule_at(id_, monotonic_ns() + kRetryNs);
+        scheduler_.schedule_at(id_, threads_.now_ns() + kRetryNs);
       }
       share_.end(now_ns);
       RunState expected = RunState::running;
@@ -159,7 +159,7 @@ void Actor::fetched(std::unique_ptr<Fetch> fetch) {
 }
 
 bool Actor::gives_way() {
-  return gives_way_ = gives_way_ || leaves_to_others(monotonic_ns());
+  return gives_way_ = gives_way_ || leaves_to_others(threads_.now_ns());
 }
 
 [[gnu::hot]] bool Actor::leaves_to_others(std::int64_t now_ns) {
@@ -177,7 +177,7 @@ bool Actor::gives_way() {
 }
 
 void Actor::prepare() {
-  turn_ns_ = monotonic_ns();
+  turn_ns_ = threads_.now_ns();
   take_mail();
   begin_children();
 }
@@ -211,7 +211,7 @@ void Actor::run_commands() {
   commands_at_ns_ = 0;
   while (!commands_taken_.empty() && !session_.end()) {
     if (!commands_taken_.front()(session_)) {
-      commands_at_ns_ = monotonic_ns() + kRetryNs;
+      commands_at_ns_ = threads_.now_ns() + kRetryNs;
       break;
     }
     commands_taken_.pop_front();
@@ -299,7 +299,7 @@ SessionStatus Actor::status() const {
           .oldest_page = value(counters.oldest_page),
           .oldest_offset = value(counters.oldest_offset),
           .oldest_why = counters.oldest_why.load(std::memory_order_relaxed),
-          .oldest_pending_ns = oldest == 0 ? 0 : monotonic_ns() - oldest};
+          .oldest_pending_ns = oldest == 0 ? 0 : threads_.now_ns() - oldest};
 }
 
 void Actor::start_fetch(StoreLane& lane, std::unique_ptr<Fetch> fetch) {

@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "base/threads.h"
 #include "engine/engine.h"
 #include "engine/fair_share.h"
 #include "engine/session.h"
@@ -62,7 +63,8 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   // `scheduler` and `listener` outlive the actor's last run, or are there until stop().
   Actor(SessionId id, SessionId parent, Uffd uffd, SessionState state,
         std::vector<std::shared_ptr<StoreLane>> lanes, SessionOptions options,
-        std::optional<UniqueFd> process, ActorScheduler& scheduler, EngineListener& listener);
+        std::optional<UniqueFd> process, ActorScheduler& scheduler, EngineListener& listener,
+        Threads threads = {});
 
   // Runs what was posted, before anybody else can run it; no fault is read yet.
   void prepare();
@@ -130,6 +132,7 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   const SessionId parent_;  // 0: it was attached
   ActorScheduler& scheduler_;
   EngineListener& listener_;
+  const Threads threads_;
   const std::optional<UniqueFd> process_;
 
   std::atomic<RunState> run_state_{RunState::idle};

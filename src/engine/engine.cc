@@ -3,11 +3,9 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <poll.h>
-#include <sched.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
-#include <sys/timerfd.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,26 +13,23 @@
 #include <atomic>
 #include <bit>
 #include <cerrno>
-#include <chrono>
-#include <condition_variable>
 #include <deque>
 #include <mutex>
 #include <set>
-#include <system_error>
 #include <thread>
 #include <unordered_map>
 #include <utility>
 
-#include "base/clock.h"
-#include "base/signals_blocked.h"
 #include "base/step.h"
 #include "engine/actor.h"
 
 namespace uffdkit {
 namespace {
 
+// What cannot be done without a thread.
+constexpr const char* kStartThread = "start a thread of the engine";
 // How often the supervisor looks, and after how many looks at which nothing has happened it sleeps.
-constexpr std::chrono::milliseconds kSampleTime{20};
+constexpr std::int64_t kSampleNs = 20'000'000;
 constexpr int kQuietSamples = 10;
 // Beyond this, clients that hold workers up hold up each other.
 constexpr std::size_t kWorkersMax = 64;
@@ -69,11 +64,6 @@ class Scratch {
   explicit Scratch(void* memory) : memory_(memory) {}
   void* memory_;
 };
-
-Error no_thread(const std::system_error& error) {
-  return Error::from_errno("start a thread of the engine", error.code().value())
-      .with_remedy("raise the limit on threads (ulimit -u, TasksMax=)");
-}
 
 Error no_such_session(SessionId session) {
   return Error(fmt::format("there is no session {}", session), ESRCH);
@@ -118,7 +108,7 @@ class Engine::Shared final : public ActorScheduler {
   struct Worker {
     std::unique_ptr<Scratch> scratch;
     std::atomic<std::uint32_t> turns{0};  // odd while it serves an event
-    std::jthread thread;
+    Thread thread;
   };
   // Under supervisor_mutex_, or before there is a supervisor.
   Result<void> start_worker();
@@ -129,21 +119,21 @@ class Engine::Shared final : public ActorScheduler {
   void serve_event(Worker& worker);
   void run_queued(const Scratch& scratch);
   void run_what_is_due(const Scratch& scratch);
-  void set_timer(std::int64_t when_ns) const;
 
   const EngineOptions options_;
+  const Threads threads_ = options_.threads;
   EngineListener& listener_;
 
   UniqueFd epoll_;
-  UniqueFd queued_;  // an eventfd that counts what is in queue_
-  UniqueFd timer_;   // fires when the first of due_ is due
+  UniqueFd queued_;        // an eventfd that counts what is in queue_
+  Timer timer_{threads_};  // fires when the first of due_ is due
   std::atomic<bool> stopping_{false};
   std::vector<std::unique_ptr<Worker>> workers_;
 
   std::mutex supervisor_mutex_;
-  std::condition_variable supervisor_wakeup_;
+  Condition supervisor_wakeup_{threads_};
   std::atomic<bool> supervisor_asleep_{false};
-  std::jthread supervisor_;
+  Thread supervisor_;
 
   std::mutex sessions_mutex_;
   std::unordered_map<SessionId, std::shared_ptr<Actor>> sessions_;
@@ -166,23 +156,19 @@ class Engine::Shared final : public ActorScheduler {
 Result<void> Engine::Shared::start() {
   epoll_.reset(::epoll_create1(EPOLL_CLOEXEC));
   queued_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK | EFD_SEMAPHORE));
-  timer_.reset(::timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK));
-  if (!epoll_ || !queued_ || !timer_)
+  if (!epoll_ || !queued_ || timer_.fd() < 0)
     return Failure(Error::from_errno("create the engine's descriptors", errno));
   if (auto ok = watch(EPOLL_CTL_ADD, queued_.get(), EPOLLIN, event_data(Source::queue, 0)); !ok) return ok;
-  if (auto ok = watch(EPOLL_CTL_ADD, timer_.get(), EPOLLIN | EPOLLET, event_data(Source::timer, 0)); !ok)
+  if (auto ok = watch(EPOLL_CTL_ADD, timer_.fd(), EPOLLIN | EPOLLET, event_data(Source::timer, 0)); !ok)
     return ok;
 
   const unsigned count =
       options_.workers != 0 ? options_.workers : std::max(2u, std::thread::hardware_concurrency());
   for (unsigned i = 0; i < count; ++i)
     if (auto started = start_worker(); !started) return started;
-  const SignalsBlocked blocked;
-  try {
-    supervisor_ = std::jthread([this] { supervise(); });
-  } catch (const std::system_error& error) {
-    return Failure(no_thread(error));
-  }
+  Result<Thread> supervisor = threads_.start(kStartThread, [this] { supervise(); });
+  if (!supervisor) return Failure(std::move(supervisor).error());
+  supervisor_ = std::move(*supervisor);
   return {};
 }
 
@@ -191,12 +177,9 @@ Result<void> Engine::Shared::start_worker() {
   if (!scratch) return Failure(std::move(scratch).error());
   auto worker = std::make_unique<Worker>();
   worker->scratch = std::move(*scratch);
-  const SignalsBlocked blocked;
-  try {
-    worker->thread = std::jthread([this, own = worker.get()] { work(*own); });
-  } catch (const std::system_error& error) {
-    return Failure(no_thread(error));
-  }
+  Result<Thread> thread = threads_.start(kStartThread, [this, own = worker.get()] { work(*own); });
+  if (!thread) return Failure(std::move(thread).error());
+  worker->thread = std::move(*thread);
   workers_.push_back(std::move(worker));
   return {};
 }
@@ -221,7 +204,7 @@ void Engine::Shared::supervise() {
     if (all_held_up && workers_.size() < kWorkersMax) (void)start_worker();
     quiet = changed || all_held_up ? 0 : quiet + 1;
     if (quiet < kQuietSamples) {
-      supervisor_wakeup_.wait_for(lock, kSampleTime);
+      supervisor_wakeup_.wait_until(lock, threads_.now_ns() + kSampleNs);
       continue;
     }
     // Nothing happens: no more samples until something does. A worker that began before it could see that
@@ -272,7 +255,7 @@ void Engine::Shared::work(Worker& worker) {
 
 void Engine::Shared::serve_event(Worker& worker) {
   epoll_event event;
-  if (::epoll_wait(epoll_.get(), &event, 1, -1) != 1 || stopping_.load(std::memory_order_relaxed)) return;
+  if (threads_.wait(epoll_.get(), event, -1) != 1 || stopping_.load(std::memory_order_relaxed)) return;
   const std::uint32_t turns = worker.turns.load(std::memory_order_relaxed);
   worker.turns.store(turns + 1);
   if (supervisor_asleep_.load()) wake_supervisor();
@@ -315,18 +298,17 @@ void Engine::Shared::run_queued(const Scratch& scratch) {
 }
 
 void Engine::Shared::run_what_is_due(const Scratch& scratch) {
-  std::uint64_t expirations = 0;
-  (void)::read(timer_.get(), &expirations, sizeof expirations);
+  timer_.clear();
   std::vector<SessionId> now_due;
   {
     const std::lock_guard lock(timer_mutex_);
-    const std::int64_t now = monotonic_ns();
+    const std::int64_t now = threads_.now_ns();
     while (!due_.empty() && due_.begin()->first <= now) {
       now_due.push_back(due_.begin()->second);
       due_of_.erase(due_.begin()->second);
       due_.erase(due_.begin());
     }
-    if (!due_.empty()) set_timer(due_.begin()->first);
+    if (!due_.empty()) timer_.set(due_.begin()->first);
   }
   std::shared_ptr<Actor> own;
   for (const SessionId session : now_due) {
@@ -340,11 +322,6 @@ void Engine::Shared::run_what_is_due(const Scratch& scratch) {
       own = actor;
   }
   if (own) own->run(scratch.bytes());
-}
-
-void Engine::Shared::set_timer(std::int64_t when_ns) const {
-  const itimerspec at{.it_interval = {}, .it_value = {when_ns / 1'000'000'000, when_ns % 1'000'000'000}};
-  (void)::timerfd_settime(timer_.get(), TFD_TIMER_ABSTIME, &at, nullptr);
 }
 
 // ---- ActorScheduler ---------------------------------------------------------------------------------------
@@ -377,7 +354,7 @@ void Engine::Shared::schedule_at(SessionId session, std::int64_t when_ns) {
   }
   due_of_[session] = when_ns;
   due_.emplace(when_ns, session);
-  if (due_.begin()->second == session) set_timer(when_ns);
+  if (due_.begin()->second == session) timer_.set(when_ns);
 }
 
 bool Engine::Shared::arm(SessionId session, int uffd) {
@@ -390,14 +367,14 @@ bool Engine::Shared::arm(SessionId session, int uffd) {
 
 bool Engine::Shared::give_way() {
   if (options_.spin_ns == 0) return false;
-  ::sched_yield();
+  threads_.yield();
   return true;
 }
 
 bool Engine::Shared::look_again(std::int64_t last_fault_ns) {
-  if (options_.spin_ns == 0 || monotonic_ns() - last_fault_ns >= options_.spin_ns) return false;
+  if (options_.spin_ns == 0 || threads_.now_ns() - last_fault_ns >= options_.spin_ns) return false;
   // The thread that has the next fault may be waiting for this CPU.
-  ::sched_yield();
+  threads_.yield();
   // Whatever else there is to do comes first.
   return !others_wait();
 }
@@ -459,7 +436,7 @@ Result<SessionId> Engine::Shared::attach(Attachment attachment) {
     lanes.push_back(region.live ? attachment.lane : nullptr);
   auto actor = std::make_shared<Actor>(id, attachment.parent, std::move(attachment.uffd),
                                        std::move(attachment.state), std::move(lanes), options_.session,
-                                       std::move(attachment.process), *this, listener_);
+                                       std::move(attachment.process), *this, listener_, threads_);
   // Nobody runs it yet, so the commands are done before the first fault is read.
   std::optional<Error> refused;
   actor->post([&](Session& session) {
@@ -516,9 +493,9 @@ Result<void> Engine::Shared::admit(SessionId id, const std::shared_ptr<Actor>& a
 
 SessionId Engine::Shared::forked(SessionId parent, ForkedSession child) {
   const SessionId id = next_session();
-  auto actor =
-      std::make_shared<Actor>(id, parent, std::move(child.uffd), std::move(child.state),
-                              std::move(child.lanes), options_.session, std::nullopt, *this, listener_);
+  auto actor = std::make_shared<Actor>(id, parent, std::move(child.uffd), std::move(child.state),
+                                       std::move(child.lanes), options_.session, std::nullopt, *this,
+                                       listener_, threads_);
   // Nobody knows the child's process: that it has ended is found by looking.
   actor->post([&child](Session& session) {
     session.share(child.shared);
@@ -550,10 +527,10 @@ template <class T>
 void Engine::Shared::command(SessionId session, std::function<Result<T>(Session&)> run,
                              std::function<void(Result<T>)> done) {
   const std::shared_ptr<Actor> actor = find(session);
-  const std::int64_t give_up_ns = monotonic_ns() + kCommandRetriesNs;
-  const bool posted = actor && actor->post([=, runner = actor.get()](Session& served) {
+  const std::int64_t give_up_ns = threads_.now_ns() + kCommandRetriesNs;
+  const bool posted = actor && actor->post([=, this, runner = actor.get()](Session& served) {
     Result<T> result = served.end() ? Failure(no_such_session(session)) : run(served);
-    if (!result && result.error().os_error() == EAGAIN && monotonic_ns() < give_up_ns) return false;
+    if (!result && result.error().os_error() == EAGAIN && threads_.now_ns() < give_up_ns) return false;
     // Whoever is told looks at the status next.
     runner->update_shape();
     done(std::move(result));

@@ -19,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "base/threads.h"
 #include "engine/session.h"
 #include "engine/store_lane.h"
 
@@ -93,6 +94,7 @@ struct EngineOptions {
   // later than that; an idle engine never spins.
   std::int64_t spin_ns = 20'000;
   SessionOptions session = {};
+  Threads threads = {};
 };
 
 // A region to be served: memory that is registered for missing faults already (for SharingMode::resolve also

@@ -4,21 +4,16 @@
 #include <array>
 #include <cerrno>
 #include <chrono>
-#include <condition_variable>
 #include <deque>
 #include <map>
 #include <mutex>
 #include <optional>
-#include <system_error>
-#include <thread>
 #include <utility>
-
-#include "base/signals_blocked.h"
 
 namespace uffdkit {
 namespace {
 
-constexpr std::chrono::seconds kIdleTime{5};
+constexpr std::int64_t kIdleNs = 5'000'000'000;
 // Threads that may read what nobody waits for, so that one is there for who does.
 constexpr unsigned kUnaskedThreadsMax = StoreLane::kThreadsMax / 2;
 // And such reads that wait for one.
@@ -32,7 +27,7 @@ struct Job {
 }  // namespace
 
 struct StoreLane::Shared {
-  explicit Shared(ReadRetries how) : retries(how) {}
+  Shared(ReadRetries how, Threads runner) : retries(how), run_by(runner) {}
 
   // With `mutex` held: the most urgent job that may be begun now, if there is one.
   std::optional<Job> take() {
@@ -53,32 +48,33 @@ struct StoreLane::Shared {
   void push(Job job) { queues[static_cast<std::size_t>(job.fetch->urgency)].push_back(std::move(job)); }
 
   // Queues what is due, with `mutex` held; says when to look again.
-  std::chrono::steady_clock::time_point queue_what_is_due() {
-    const auto now = std::chrono::steady_clock::now();
+  std::int64_t queue_what_is_due() {
+    const std::int64_t now = run_by.now_ns();
     while (!later.empty() && later.begin()->first <= now) {
       push(std::move(later.begin()->second));
       later.erase(later.begin());
     }
-    return later.empty() ? now + kIdleTime : std::min(later.begin()->first, now + kIdleTime);
+    return later.empty() ? now + kIdleNs : std::min(later.begin()->first, now + kIdleNs);
   }
 
   const ReadRetries retries;
+  const Threads run_by;
   std::mutex mutex;
-  std::condition_variable work;
-  std::array<std::deque<Job>, 3> queues;                            // by Urgency
-  std::multimap<std::chrono::steady_clock::time_point, Job> later;  // to be tried again
+  Condition work{run_by};
+  std::array<std::deque<Job>, 3> queues;   // by Urgency
+  std::multimap<std::int64_t, Job> later;  // to be tried again, by when
   unsigned threads = 0;
   unsigned idle = 0;
   unsigned unasked = 0;  // threads that read what no fault waits for
   bool closed = false;
 };
 
-StoreLane::StoreLane(std::shared_ptr<Store> store, ReadRetries retries, UniqueFd file)
-    : store_(std::move(store)), file_(std::move(file)), shared_(std::make_shared<Shared>(retries)) {}
+StoreLane::StoreLane(std::shared_ptr<Store> store, ReadRetries retries, UniqueFd file, Threads threads)
+    : store_(std::move(store)), file_(std::move(file)), shared_(std::make_shared<Shared>(retries, threads)) {}
 
 Result<std::shared_ptr<StoreLane>> StoreLane::create(std::shared_ptr<Store> store, ReadRetries retries,
-                                                     UniqueFd file) {
-  std::shared_ptr<StoreLane> lane(new StoreLane(std::move(store), retries, std::move(file)));
+                                                     UniqueFd file, Threads threads) {
+  std::shared_ptr<StoreLane> lane(new StoreLane(std::move(store), retries, std::move(file), threads));
   lane->shared_->threads = 1;
   if (!start_thread(lane->shared_))
     return Failure(Error("cannot start a thread for " + lane->store_->name(), EAGAIN)
@@ -87,15 +83,10 @@ Result<std::shared_ptr<StoreLane>> StoreLane::create(std::shared_ptr<Store> stor
 }
 
 bool StoreLane::start_thread(const std::shared_ptr<Shared>& shared) {
-  const SignalsBlocked blocked;
-  try {
-    std::thread(&StoreLane::run, shared).detach();
-    return true;
-  } catch (const std::system_error&) {
-    const std::lock_guard lock(shared->mutex);
-    --shared->threads;
-    return false;
-  }
+  if (shared->run_by.start_detached([shared] { run(shared); })) return true;
+  const std::lock_guard lock(shared->mutex);
+  --shared->threads;
+  return false;
 }
 
 StoreLane::~StoreLane() {
@@ -128,7 +119,7 @@ bool StoreLane::takes_unasked() const {
 void StoreLane::run(std::shared_ptr<Shared> shared) {
   std::unique_lock lock(shared->mutex);
   while (!shared->closed) {
-    const auto look_again = shared->queue_what_is_due();
+    const std::int64_t look_again = shared->queue_what_is_due();
     std::optional<Job> taken = shared->take();
     if (!taken) {
       ++shared->idle;
@@ -152,9 +143,10 @@ void StoreLane::run(std::shared_ptr<Shared> shared) {
     }
     fetch.failed.any() ? read_failed_again(fetch) : read_fetch(fetch);
     if (fetch.failed.any() && fetch.retries < shared->retries.count && !job.sink.expired()) {
-      const auto pause = shared->retries.first_pause * (1u << (2 * std::min(fetch.retries, 8u)));
+      const std::chrono::nanoseconds pause =
+          shared->retries.first_pause * (1u << (2 * std::min(fetch.retries, 8u)));
       lock.lock();
-      if (!shared->closed) shared->later.emplace(std::chrono::steady_clock::now() + pause, std::move(job));
+      if (!shared->closed) shared->later.emplace(shared->run_by.now_ns() + pause.count(), std::move(job));
       continue;
     }
     if (const auto sink = job.sink.lock()) sink->fetched(std::move(job.fetch));

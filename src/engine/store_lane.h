@@ -14,6 +14,7 @@
 #include <chrono>
 #include <memory>
 
+#include "base/threads.h"
 #include "engine/fetch.h"
 
 namespace uffdkit {
@@ -31,7 +32,7 @@ class StoreLane {
 
   // `file`: by which another process can open the same store. Errors: no thread can be started.
   static Result<std::shared_ptr<StoreLane>> create(std::shared_ptr<Store> store, ReadRetries retries = {},
-                                                   UniqueFd file = {});
+                                                   UniqueFd file = {}, Threads threads = {});
   ~StoreLane();
   StoreLane(const StoreLane&) = delete;
   StoreLane& operator=(const StoreLane&) = delete;
@@ -49,7 +50,7 @@ class StoreLane {
 
  private:
   struct Shared;
-  StoreLane(std::shared_ptr<Store> store, ReadRetries retries, UniqueFd file);
+  StoreLane(std::shared_ptr<Store> store, ReadRetries retries, UniqueFd file, Threads threads);
   // Starts a thread that has been counted in Shared::threads.
   static bool start_thread(const std::shared_ptr<Shared>& shared);
   static void run(std::shared_ptr<Shared> shared);

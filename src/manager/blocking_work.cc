@@ -2,11 +2,7 @@
 
 #include <algorithm>
 #include <mutex>
-#include <system_error>
-#include <thread>
 #include <utility>
-
-#include "base/signals_blocked.h"
 
 namespace uffdkit {
 
@@ -16,7 +12,7 @@ struct BlockingWork::Link {
   EventLoop* loop;  // null: the manager has ended
 };
 
-BlockingWork::BlockingWork(EventLoop& loop) : link_(std::make_shared<Link>()) {
+BlockingWork::BlockingWork(EventLoop& loop) : threads_(loop.threads()), link_(std::make_shared<Link>()) {
   link_->loop = &loop;
 }
 
@@ -57,12 +53,7 @@ void BlockingWork::start(Job job) {
     if (link->loop == nullptr) return;
     link->loop->post([this, shared, finish = std::move(finish)] { ended(shared->subject, finish); });
   };
-  const SignalsBlocked blocked;
-  try {
-    std::thread(run).detach();
-  } catch (const std::system_error&) {
-    run();
-  }
+  if (!threads_.start_detached(run)) run();
 }
 
 void BlockingWork::ended(const std::string& subject, const Finish& finish) {

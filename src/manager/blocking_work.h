@@ -50,6 +50,7 @@ class BlockingWork {
   void start(Job job);
   void ended(const std::string& subject, const Finish& finish);
 
+  const Threads threads_;
   const std::shared_ptr<Link> link_;
   Ticket last_ticket_ = 0;
   std::deque<Job> waiting_;

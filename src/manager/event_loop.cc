@@ -8,16 +8,15 @@
 #include <cerrno>
 
 #include "base/check.h"
-#include "base/clock.h"
 
 namespace uffdkit {
 
-Result<std::unique_ptr<EventLoop>> EventLoop::create() {
+Result<std::unique_ptr<EventLoop>> EventLoop::create(Threads threads) {
   UniqueFd epoll(::epoll_create1(EPOLL_CLOEXEC));
   UniqueFd wakeup(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (!epoll || !wakeup) return Failure(Error::from_errno("create the manager's event loop", errno));
   const int wakeup_fd = wakeup.get();
-  std::unique_ptr<EventLoop> loop(new EventLoop(std::move(epoll), std::move(wakeup)));
+  std::unique_ptr<EventLoop> loop(new EventLoop(threads, std::move(epoll), std::move(wakeup)));
   EventLoop* self = loop.get();
   if (auto added = loop->add(wakeup_fd, EPOLLIN, [self] { self->run_posted(); }); !added)
     return Failure(std::move(added).error());
@@ -48,7 +47,7 @@ void EventLoop::remove(int fd) {
 
 EventLoop::Timer EventLoop::after(std::int64_t delay_ms, Callback due) {
   const Timer timer = ++last_timer_;
-  timers_.emplace(monotonic_ns() + delay_ms * 1'000'000, std::pair(timer, std::move(due)));
+  timers_.emplace(threads_.now_ns() + delay_ms * 1'000'000, std::pair(timer, std::move(due)));
   return timer;
 }
 
@@ -84,7 +83,7 @@ void EventLoop::run_posted() {
 
 int EventLoop::run_timers() {
   while (!timers_.empty()) {
-    const std::int64_t left_ns = timers_.begin()->first - monotonic_ns();
+    const std::int64_t left_ns = timers_.begin()->first - threads_.now_ns();
     // Rounded up, so that it is due when the wait is over.
     if (left_ns > 0) return static_cast<int>(std::min<std::int64_t>(left_ns / 1'000'000 + 1, 60'000));
     const Callback due = std::move(timers_.begin()->second.second);
@@ -101,7 +100,7 @@ void EventLoop::run() {
     if (stopped_) return;
     // One event at a time: a callback may remove any other descriptor.
     epoll_event event;
-    if (::epoll_wait(epoll_.get(), &event, 1, timeout_ms) != 1) continue;
+    if (threads_.wait(epoll_.get(), event, timeout_ms) != 1) continue;
     const auto found = ready_.find(event.data.fd);
     if (found == ready_.end()) continue;
     const std::shared_ptr<Callback> ready = found->second;

@@ -14,6 +14,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/threads.h"
+
 namespace uffdkit {
 
 class EventLoop {
@@ -21,7 +23,7 @@ class EventLoop {
   using Callback = std::function<void()>;
   using Timer = std::uint64_t;
 
-  static Result<std::unique_ptr<EventLoop>> create();
+  static Result<std::unique_ptr<EventLoop>> create(Threads threads = {});
 
   // Calls `ready` whenever `fd` has one of `events` (EPOLLIN, EPOLLOUT; errors and hang-up count as any). The
   // callback may remove any descriptor, its own too. Errors: no kernel memory; a kind of file that cannot be
@@ -37,6 +39,9 @@ class EventLoop {
   // Nothing happens if it was called already.
   void cancel(Timer timer);
 
+  // By which it runs, and times all.
+  const Threads& threads() const { return threads_; }
+
   // Has the loop call `work` soon.
   void post(Callback work);
 
@@ -45,11 +50,13 @@ class EventLoop {
   void stop();
 
  private:
-  EventLoop(UniqueFd epoll, UniqueFd wakeup) : epoll_(std::move(epoll)), wakeup_(std::move(wakeup)) {}
+  EventLoop(Threads threads, UniqueFd epoll, UniqueFd wakeup)
+      : threads_(threads), epoll_(std::move(epoll)), wakeup_(std::move(wakeup)) {}
   int run_timers();
   void run_posted();
   void wake();
 
+  const Threads threads_;
   UniqueFd epoll_;
   UniqueFd wakeup_;
   std::unordered_map<int, std::shared_ptr<Callback>> ready_;

@@ -27,9 +27,10 @@ bool is_plain(std::string_view path) {
 }  // namespace
 
 ImageCatalog::ImageCatalog(ReadRetries retries, std::vector<StoreFault> faults, ByteCount cache_bytes,
-                           WorkingSets working_sets)
+                           WorkingSets working_sets, Threads threads)
     : retries_(retries),
       working_sets_(working_sets),
+      threads_(threads),
       opener_(std::make_shared<image::FrameCache>(cache_bytes),
               [faults = std::move(faults)](std::shared_ptr<Store> file) {
                 return make_faulty_store(std::move(file), faults);
@@ -128,7 +129,7 @@ Result<std::shared_ptr<StoreLane>> ImageCatalog::open_lane(UniqueFd file, const 
   if (working_sets_ == WorkingSets::yes)
     if (auto found = ImageWorkingSet::open(file.get(), *opened, name)) set = std::move(*found);
   Result<std::shared_ptr<StoreLane>> lane =
-      StoreLane::create(std::move(opened->store), retries_, std::move(file));
+      StoreLane::create(std::move(opened->store), retries_, std::move(file), threads_);
   if (!lane || !set) return lane;
   const std::lock_guard lock(open_mutex_);
   std::erase_if(sets_, [](const auto& entry) { return entry.first.expired(); });

@@ -29,7 +29,7 @@ class ImageCatalog {
   // kept in `cache_bytes`.
   explicit ImageCatalog(ReadRetries retries = {}, std::vector<StoreFault> faults = {},
                         ByteCount cache_bytes = image::kCacheBytesDefault,
-                        WorkingSets working_sets = WorkingSets::no);
+                        WorkingSets working_sets = WorkingSets::no, Threads threads = {});
 
   // `name` stands for the file at `path`. Errors: the name is empty or taken; the file cannot be opened now.
   Result<void> add(const std::string& name, const std::string& path);
@@ -67,6 +67,7 @@ class ImageCatalog {
 
   const ReadRetries retries_;
   const WorkingSets working_sets_;
+  const Threads threads_;
   image::ImageOpener opener_;
   std::map<std::string, std::string> paths_;
   std::vector<Directory> directories_;

@@ -373,7 +373,7 @@ void Manager::Impl::leave(SessionId session) {
 void Manager::Impl::refused(uid_t user, const std::string& who, const Error& error) {
   ++clients_refused_;
   if (options_.records != nullptr) options_.records->shared().clients_refused = clients_refused_;
-  if (refusals_logged_.take_request(user, monotonic_ns()))
+  if (refusals_logged_.take_request(user, options_.threads.now_ns()))
     log_.write(fmt::format("refused: {}: {}", who, error.text()));
 }
 

@@ -23,7 +23,7 @@ constexpr std::int64_t kWatchdogPauseMaxMs = 1000;
 }  // namespace
 
 Result<void> Manager::Impl::start() {
-  Result<std::unique_ptr<EventLoop>> loop = EventLoop::create();
+  Result<std::unique_ptr<EventLoop>> loop = EventLoop::create(options_.threads);
   if (!loop) return Failure(std::move(loop).error());
   loop_ = std::move(*loop);
   work_ = std::make_unique<BlockingWork>(*loop_);
@@ -46,7 +46,8 @@ Result<void> Manager::Impl::start() {
                    .shared_fault_around = options_.record ? PageCount(1) : options_.shared_fault_around,
                    .on_error = options_.on_error,
                    .background = options_.record ? Background::off : options_.background,
-                   .background_budget = std::make_shared<IoBudget>(options_.background_bytes_per_second)}},
+                   .background_budget = std::make_shared<IoBudget>(options_.background_bytes_per_second)},
+       .threads = options_.threads},
       *this);
   if (!engine) return Failure(std::move(engine).error());
   engine_ = std::move(*engine);
@@ -143,7 +144,8 @@ void Manager::Impl::end_now() {
 }
 
 void Manager::Impl::watch_pending() {
-  for (const std::string& line : watchdog_.look(engine_->sessions(), monotonic_ns())) log_.write(line);
+  for (const std::string& line : watchdog_.look(engine_->sessions(), options_.threads.now_ns()))
+    log_.write(line);
   const std::int64_t pause_ms =
       std::clamp<std::int64_t>(options_.watchdog_ms / kWatchdogLooks, 1, kWatchdogPauseMaxMs);
   loop_->after(pause_ms, [this] { watch_pending(); });

@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "base/threads.h"
 #include "engine/session.h"
 #include "image/frame_cache.h"
 #include "manager/quotas.h"
@@ -50,6 +51,8 @@ struct ManagerOptions {
   ByteCount image_cache_bytes = image::kCacheBytesDefault;
   // By which clients' userfaultfds are used. Outlives the manager.
   SystemCalls& system = linux_system_calls();
+  // By which it runs, and times all but what a keeper does.
+  Threads threads = {};
   // What a successor finds all by; nullptr: nothing outlives this process. Outlives the manager.
   Records* records = nullptr;
 };

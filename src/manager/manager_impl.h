@@ -15,7 +15,6 @@
 #include <utility>
 #include <vector>
 
-#include "base/clock.h"
 #include "kernel/own_memory.h"
 #include "manager/access.h"
 #include "manager/blocking_work.h"
@@ -80,7 +79,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   }
   Engine& engine() override { return *engine_; }
   Result<void> take_request(const Peer& peer) override {
-    return quotas_.take_request(peer.uid, monotonic_ns());
+    return quotas_.take_request(peer.uid, options_.threads.now_ns());
   }
   Result<void> may_add(const Peer& peer, std::span<const RequestedRegion> regions) override;
   Engine::Done count_until_added(const Peer& peer, const RequestedRegion& region, Engine::Done done) override;
@@ -223,7 +222,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   const ManagerOptions options_;
   std::vector<UniqueFd> inherited_connections_;
   Log log_{STDERR_FILENO};
-  std::int64_t started_ns_ = monotonic_ns();
+  std::int64_t started_ns_ = options_.threads.now_ns();
   std::uint32_t stops_ = 0;  // that were done of those that the keeper was asked for
   const OwnMemoryWay own_memory_way_ = own_memory_way(options_.system);
   std::unique_ptr<EventLoop> loop_;
@@ -232,7 +231,8 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   // Shared with threads that open an image still.
   const std::shared_ptr<ImageCatalog> images_ = std::make_shared<ImageCatalog>(
       options_.read_retries, options_.store_faults, options_.image_cache_bytes,
-      options_.record || options_.prefetch ? ImageCatalog::WorkingSets::yes : ImageCatalog::WorkingSets::no);
+      options_.record || options_.prefetch ? ImageCatalog::WorkingSets::yes : ImageCatalog::WorkingSets::no,
+      options_.threads);
   std::map<std::string, Listener> listeners_;
   std::optional<ListeningSocket> control_;
   AccessRules rules_{::geteuid()};

@@ -181,7 +181,7 @@ nlohmann::json Manager::Impl::status() {
     answer["upgrades"] = kept.upgrades.load();
     answer["upgrades_failed"] = kept.upgrades_failed.load();
   }
-  answer.update({{"uptime_ms", (monotonic_ns() - started_ns_) / 1'000'000},
+  answer.update({{"uptime_ms", (options_.threads.now_ns() - started_ns_) / 1'000'000},
                  {"ending", ending_},
                  {"draining",
                   std::ranges::count_if(sessions_, [](const auto& entry) { return entry.second.draining; })},
