@@ -16,8 +16,8 @@
 #include <thread>
 
 #include "manager/manager.h"
-#include "sim/real_descriptors.h"
 #include "simulate/expected.h"
+#include "simulate/real_descriptors.h"
 #include "support/child.h"
 #include "support/client.h"
 #include "support/native_connection.h"
@@ -29,6 +29,7 @@ namespace {
 using simulate::ExpectedMemory;
 using simulate::ExpectedPage;
 using simulate::kPage;
+using simulate::RealDescriptors;
 
 constexpr std::uint64_t kImagePages = 600;
 constexpr std::uint64_t kRegionPages = 200;

@@ -31,6 +31,7 @@ struct Found {
   std::string wrong;                // empty: nothing
   std::vector<std::string> events;  // what was done, one a line
   std::size_t bytes_checked = 0;    // that threads read
+  std::uint64_t trace = 0;          // tells runs apart that went different ways; of the manager's only
 };
 
 // One run.

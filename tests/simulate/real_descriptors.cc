@@ -1,4 +1,4 @@
-#include "sim/real_descriptors.h"
+#include "simulate/real_descriptors.h"
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -12,7 +12,7 @@
 #include <stdexcept>
 #include <string_view>
 
-namespace uffdkit::sim::test {
+namespace uffdkit::simulate {
 namespace {
 
 ino_t inode_of(int fd) {
@@ -22,16 +22,43 @@ ino_t inode_of(int fd) {
 
 }  // namespace
 
-int RealDescriptors::pass(Process& owner, int fd) {
+int RealDescriptors::pass(sim::Process& owner, int fd) {
   const std::lock_guard lock(mutex_);
+  const int simulated = owner.pass_descriptor(fd, process_);
+  if (simulated < 0) throw std::runtime_error("the simulated process takes no descriptor");
+  const int end = stand_for(simulated);
+  tell();
+  return end;
+}
+
+int RealDescriptors::stand_for(int simulated) {
   int ends[2];
   if (::pipe2(ends, O_CLOEXEC | O_NONBLOCK) != 0) throw std::runtime_error("no pipe to be had");
   Passed passed{.inode = inode_of(ends[0]), .read_end = UniqueFd(ends[0]), .write_end = UniqueFd(ends[1])};
-  const int simulated = owner.pass_descriptor(fd, process_);
-  if (simulated < 0) throw std::runtime_error("the simulated process takes no descriptor");
   passed_.emplace(simulated, std::move(passed));
-  tell();
   return ends[0];
+}
+
+bool RealDescriptors::lost(int fd) {
+  const std::lock_guard lock(mutex_);
+  const auto found =
+      std::ranges::find_if(passed_, [fd](const auto& entry) { return entry.second.read_end.get() == fd; });
+  if (found == passed_.end() || found->second.arrived) return false;
+  calls_.close(found->first);
+  passed_.erase(found);
+  return true;
+}
+
+void RealDescriptors::bring_children(std::span<abi::Msg> messages) {
+  for (abi::Msg& message : messages) {
+    if (message.event != abi::kEventFork) continue;
+    const int simulated = static_cast<int>(message.arg.fork.ufd);
+    const int fd = linux_system_calls().duplicate(stand_for(simulated));
+    if (fd < 0) throw std::runtime_error("no descriptor to be had for a child");
+    arrived_[fd] = simulated;
+    passed_.at(simulated).arrived = true;
+    message.arg.fork.ufd = static_cast<std::uint32_t>(fd);
+  }
 }
 
 std::size_t RealDescriptors::held() {
@@ -100,7 +127,11 @@ int RealDescriptors::ioctl(int fd, unsigned long request, std::uintptr_t argumen
 std::ptrdiff_t RealDescriptors::read(int fd, void* buffer, std::size_t bytes) {
   return alone([&] {
     const int behind = simulated(fd);
-    return behind < 0 ? linux_system_calls().read(fd, buffer, bytes) : calls_.read(behind, buffer, bytes);
+    if (behind < 0) return linux_system_calls().read(fd, buffer, bytes);
+    const std::ptrdiff_t got = calls_.read(behind, buffer, bytes);
+    if (got > 0)
+      bring_children({static_cast<abi::Msg*>(buffer), static_cast<std::size_t>(got) / sizeof(abi::Msg)});
+    return got;
   });
 }
 
@@ -133,4 +164,4 @@ int RealDescriptors::close(int fd) {
   });
 }
 
-}  // namespace uffdkit::sim::test
+}  // namespace uffdkit::simulate

@@ -6,22 +6,24 @@
 #pragma once
 
 #include <sys/types.h>
+#include <uffdkit/abi.h>
 #include <uffdkit/sim.h>
 #include <uffdkit/unique_fd.h>
 
 #include <map>
 #include <mutex>
+#include <span>
 #include <vector>
 
-namespace uffdkit::sim::test {
+namespace uffdkit::simulate {
 
 // The system calls of a real process that stands for the simulated `process`.
 class RealDescriptors final : public SystemCalls {
  public:
-  explicit RealDescriptors(Process& process) : process_(process), calls_(process.system_calls()) {}
+  explicit RealDescriptors(sim::Process& process) : process_(process), calls_(process.system_calls()) {}
 
   // Passes `fd` of `owner` to the process. Returns the descriptor to be sent there, which stays ours.
-  int pass(Process& owner, int fd);
+  int pass(sim::Process& owner, int fd);
 
   // Does something to the machine while nobody else does.
   template <class Act>
@@ -31,7 +33,11 @@ class RealDescriptors final : public SystemCalls {
     return act();
   }
 
-  // How many of the userfaultfds that were passed the process still has.
+  // Nobody will send `fd` any more, which pass() has returned; unless the process has looked at it, it has
+  // closed it, or never got it, and true is returned.
+  bool lost(int fd);
+
+  // How many of the userfaultfds that were passed, or that forks have brought, the process still has.
   std::size_t held();
   // How many of them it has not looked at yet.
   std::size_t not_arrived();
@@ -61,14 +67,18 @@ class RealDescriptors final : public SystemCalls {
     RealDescriptors& all;
   };
   void tell();
+  // Makes a real descriptor of a simulated one of the process; returns its read end.
+  int stand_for(int simulated);
+  // Has the messages name real descriptors for the children that they bring.
+  void bring_children(std::span<abi::Msg> messages);
   // The simulated descriptor behind a real one; -1: it is no userfaultfd.
   int simulated(int fd) const;
 
   std::mutex mutex_;
-  Process& process_;
+  sim::Process& process_;
   SystemCalls& calls_;
   std::map<int, Passed> passed_;  // by the simulated descriptor
   std::map<int, int> arrived_;    // real descriptor -> simulated one
 };
 
-}  // namespace uffdkit::sim::test
+}  // namespace uffdkit::simulate

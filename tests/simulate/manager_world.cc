@@ -1,0 +1,901 @@
+#include "simulate/manager_world.h"
+
+#include <fmt/format.h>
+#include <sys/socket.h>
+#include <uffdkit/sim.h>
+#include <uffdkit/uffd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <random>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "base/check.h"
+#include "manager/manager.h"
+#include "simulate/expected.h"
+#include "simulate/real_descriptors.h"
+#include "simulate/seeded_threads.h"
+#include "support/child.h"
+#include "support/client.h"
+#include "support/temp_dir.h"
+#include "wire/native.h"
+#include "wire/unix_socket.h"
+
+namespace uffdkit::simulate {
+namespace {
+
+constexpr std::uint64_t kImagePages = 300;
+constexpr std::uint64_t kRegionPages = 60;
+constexpr std::size_t kClients = 5;
+constexpr std::size_t kClientsMax = 9;  // with children of fork
+constexpr int kThreads = 3;
+constexpr int kSteps = 1500;
+// Nothing that is on its way takes longer: commands are tried for 2 s.
+constexpr std::int64_t kPatienceNs = 4'000'000'000;
+// Completing a client's memory, and noticing the end of a process that nobody knows.
+constexpr std::int64_t kEndNs = 60'000'000'000;
+// Where clients move memory to: each time to a place of its own.
+constexpr std::uint64_t kFirstFreePlace = 0x300000000000;
+constexpr std::uint64_t kPlaceBytes = 64 * kPage;
+constexpr std::uint64_t kNativeFeatures =
+    abi::kFeatureEventRemove | abi::kFeatureEventUnmap | abi::kFeatureEventRemap | abi::kFeatureEventFork;
+// One range of a successor's wakes has more pages, one of a fault's has not.
+constexpr std::uint64_t kWakePages = 32;
+
+std::size_t open_descriptors() {
+  const std::filesystem::directory_iterator all("/proc/self/fd");
+  return static_cast<std::size_t>(std::distance(begin(all), end(all)));
+}
+
+void write_image(const std::string& path) {
+  std::ofstream file(path, std::ios::binary);
+  for (std::uint64_t at = 0; at < kImagePages * kPage; at += 512)
+    file << std::string(512, static_cast<char>(image_byte(at / kPage, at % kPage)));
+}
+
+// Loses what a bug loses.
+class PlantedThreads final : public SeededThreads {
+ public:
+  PlantedThreads(std::uint64_t seed, ManagerBug bug) : SeededThreads(seed), bug_(bug), random_(seed) {}
+  void wake(const void* condition, bool all) override {
+    if (!loses(ManagerBug::lost_notification)) SeededThreads::wake(condition, all);
+  }
+  void set_timer(int timer, std::int64_t when_ns) override {
+    if (!loses(ManagerBug::lost_time)) SeededThreads::set_timer(timer, when_ns);
+  }
+  int wait(int epoll, epoll_event& event, int timeout_ms) override {
+    const int events = SeededThreads::wait(epoll, event, timeout_ms);
+    return events == 1 && loses(ManagerBug::lost_event) ? 0 : events;
+  }
+  void mend() { bug_ = ManagerBug::none; }
+
+ private:
+  bool loses(ManagerBug bug) { return bug_ == bug && random_() % 8 == 0; }
+
+  ManagerBug bug_;
+  std::mt19937_64 random_;
+};
+
+// The manager's system calls: others may run before and after each, and a copy may stop half-way.
+class YieldingCalls final : public SystemCalls {
+ public:
+  YieldingCalls(SeededThreads& threads, RealDescriptors& calls, std::uint64_t seed, ManagerBug bug)
+      : threads_(threads), calls_(calls), random_(seed), bug_(bug) {}
+  int userfaultfd(int flags) override { return calls_.userfaultfd(flags); }
+  int open(const char* path, int flags) override { return calls_.open(path, flags); }
+  int ioctl(int fd, unsigned long request, std::uintptr_t argument) override {
+    if (bug_ == ManagerBug::no_wake_at_succession && request == abi::kIoctlWake &&
+        reinterpret_cast<const abi::RangeArgs*>(argument)->len > kWakePages * kPage)
+      return 0;
+    threads_.yield();
+    const int result = request == abi::kIoctlCopy ? copy(fd, argument) : calls_.ioctl(fd, request, argument);
+    threads_.yield();
+    return result;
+  }
+  std::ptrdiff_t read(int fd, void* buffer, std::size_t bytes) override {
+    threads_.yield();
+    const std::ptrdiff_t got = calls_.read(fd, buffer, bytes);
+    threads_.yield();
+    return got;
+  }
+  int poll_readable(int fd, int timeout_ms) override { return calls_.poll_readable(fd, timeout_ms); }
+  int get_flags(int fd) override { return calls_.get_flags(fd); }
+  int duplicate(int fd) override { return calls_.duplicate(fd); }
+  int close(int fd) override {
+    if (bug_ == ManagerBug::leaked_descriptor && random_() % 4 == 0) return 0;
+    return calls_.close(fd);
+  }
+
+ private:
+  int copy(int fd, std::uintptr_t argument) {
+    auto& args = *reinterpret_cast<abi::CopyArgs*>(argument);
+    const std::uint64_t asked = args.len;
+    const bool cut = asked > kPage && random_() % 8 == 0;
+    if (cut) args.len = (1 + random_() % (asked / kPage - 1)) * kPage;
+    const int result = calls_.ioctl(fd, abi::kIoctlCopy, argument);
+    args.len = asked;
+    return cut && result == 0 ? -EAGAIN : result;
+  }
+
+  SeededThreads& threads_;
+  RealDescriptors& calls_;
+  std::mt19937_64 random_;
+  const ManagerBug bug_;
+};
+
+struct Doing {
+  enum class Kind : std::uint8_t { nothing, access, fork, advise, unmap, remap };
+  Kind kind = Kind::nothing;
+  sim::Access access{};
+  AddressRange range{};
+  sim::Remap remap{};
+  bool begun = false;
+  std::optional<ExpectedMemory> of_child = {};  // of fork
+};
+
+struct Worker {
+  sim::Thread* thread;
+  Doing doing{};
+};
+
+enum class Speaks : std::uint8_t {
+  firecracker,
+  native,
+  nothing,  // a child of fork: its parent's manager hears of it
+};
+
+enum class Stage : std::uint8_t {
+  outside,   // nobody serves it
+  asking,    // it has connected, and wants to be served
+  served,    //
+  complete,  // nobody needs to serve it any more
+};
+
+struct Client {
+  Client(sim::Process& its_process, Speaks how) : process(its_process), speaks(how) {}
+  bool may_run() const {
+    // One that speaks the native protocol touches its memory when it has been told that it may.
+    return process.alive() && (speaks != Speaks::native || has_session);
+  }
+
+  sim::Process& process;
+  const Speaks speaks;
+  Stage stage = Stage::outside;
+  std::optional<Uffd> uffd;
+  std::vector<Worker> workers;
+  ExpectedMemory memory;
+  bool grows = false;  // it has no file, beyond whose end there would be nothing
+  AddressRange region{};
+  std::uint64_t first_page = 0;  // of the image, which the region shows
+  // The process that connects and is watched.
+  std::unique_ptr<test::Child> real;
+
+  UniqueFd socket;
+  int handed_over = -1;  // what goes through it
+  native::FrameReader reader{native::FrameReader::Reads::answers};
+  std::uint32_t last_request = 0;
+  std::map<std::uint32_t, std::function<void(native::Answer&)>> asked;  // by request
+  std::vector<AddressRange> dropping;                                   // and not answered yet
+  std::vector<AddressRange> dropped;  // where mappings begin and end that mremap(2) takes for several
+  std::vector<AddressRange> unknown;  // what it shows
+  bool has_session = false;
+  bool detaching = false;
+  bool releasing = false;  // it wants no more of what it has not got, from then on
+  native::SessionId session{};
+  UniqueFd state_file;
+};
+
+class ManagerWorld {
+ public:
+  ManagerWorld(std::uint64_t seed, ManagerBug bug)
+      : random_(seed),
+        threads_(seed, bug),
+        kernel_({.seed = seed}),
+        descriptors_(kernel_.spawn()),
+        calls_(threads_, descriptors_, seed, bug) {
+    write_image(directory_ / "image");
+    // Before there are threads: each has a process that is forked from this one.
+    for (std::size_t i = 0; i < kClients; ++i) add_client();
+    start_manager();
+  }
+
+  ~ManagerWorld() {
+    if (manager_) give_up();
+    run_to_the_end_of_all();
+  }
+
+  Found run() {
+    for (int step = 0; step < kSteps && wrong_.empty(); ++step) {
+      act();
+      go_on();
+    }
+    rest();
+    look_at_everything();
+    end();
+    return {.wrong = wrong_,
+            .events = std::move(events_),
+            .bytes_checked = bytes_checked_,
+            .trace = threads_.trace() ^ std::hash<std::string>()(heard_)};
+  }
+
+ private:
+  std::uint64_t draw(std::uint64_t below) { return random_() % below; }
+  bool one_in(std::uint64_t n) { return draw(n) == 0; }
+  void note(std::string text) { events_.push_back(std::move(text)); }
+  void fail(std::string text) {
+    if (wrong_.empty()) wrong_ = std::move(text);
+  }
+
+  // ---- the manager
+
+  void start_manager() {
+    ManagerOptions options{.workers = 1 + static_cast<unsigned>(draw(3)),
+                           .fault_around = PageCount(std::uint64_t{1} << draw(5)),
+                           .spin_ns = one_in(2) ? 20'000 : 0,
+                           .drain_ms = kEndNs / 1'000'000,
+                           .record = one_in(4),
+                           .background = one_in(4) ? Background::full : Background::off,
+                           .system = calls_,
+                           .threads = Threads(threads_)};
+    // Part of the image is read by its lane only, and there a page may fail once.
+    const std::uint64_t border = draw(kImagePages);
+    if (border > 0)
+      options.store_faults.push_back({.kind = StoreFault::Kind::error,
+                                      .rate = 0.1,
+                                      .to = StoreOffset(border * kPage),
+                                      .times = 1,
+                                      .seed = draw(1000)});
+    manager_ = Manager::create(options).value();
+    manager_->add_image("guest", directory_ / "image").value();
+    manager_->listen_native(directory_ / "native").value();
+    manager_->listen_firecracker(directory_ / "firecracker", directory_ / "image").value();
+    ending_ = false;
+    ended_ = false;
+    running_ = Threads(threads_)
+                   .start("run the manager",
+                          [this] {
+                            ended_well_ = manager_->run();
+                            ended_ = true;
+                          })
+                   .value();
+    note(fmt::format("a manager with {} workers", options.workers));
+  }
+
+  void begin_end() {
+    if (std::exchange(ending_, true)) return;
+    note("the manager is to end");
+    manager_->stop();
+  }
+
+  // The manager has come to its end; nothing of it may be left.
+  void bury() {
+    running_.join();
+    manager_.reset();
+    note("the manager has ended");
+    hear_all();
+    if (!ended_well_) fail("the manager says that a client could not be completed");
+    if (descriptors_.held() != 0)
+      fail(fmt::format("the manager has kept {} userfaultfds", descriptors_.held()));
+    // What a successor could not find is complete.
+    for (const auto& client : clients_)
+      if (client->stage == Stage::served) client->stage = Stage::complete;
+  }
+
+  // ---- clients
+
+  void add_client() {
+    const Speaks speaks = one_in(2) ? Speaks::firecracker : Speaks::native;
+    auto client = std::make_unique<Client>(kernel_.spawn(), speaks);
+    const std::uint64_t features = speaks == Speaks::native ? kNativeFeatures
+                                   : one_in(2) ? abi::kFeatureEventRemove | abi::kFeatureEventUnmap
+                                               : abi::kFeatureEventRemove;
+    client->uffd = Uffd::create({.required = Features(features)}, client->process.system_calls()).value();
+    client->grows = one_in(2);
+    client->first_page = draw(kImagePages - kRegionPages);
+    client->region.length = ByteCount(kRegionPages * kPage);
+    client->region.start =
+        client->process
+            .map({.memory = client->grows ? sim::Memory::anonymous : sim::Memory::shmem_private,
+                  .length = client->region.length})
+            .value();
+    client->uffd->register_range(client->region, kMissing).value();
+    client->memory.add(client->region, client->first_page);
+    for (int i = 0; i < kThreads; ++i) client->workers.push_back({.thread = &client->process.spawn_thread()});
+    const std::string socket = directory_ / (speaks == Speaks::native ? "native" : "firecracker");
+    client->real = std::make_unique<test::Child>([socket](const test::Channel& test) {
+      while (test.receive() != 0) test.send_fd(0, test::connect_to(socket).get());
+      return 0;
+    });
+    clients_.push_back(std::move(client));
+  }
+
+  // It says what it wants; what comes of that is heard later.
+  void connect(Client& client) {
+    if (client.stage != Stage::outside || !client.process.alive() || ending_) return;
+    note(fmt::format("process {} connects", client.process.pid()));
+    client.real->channel().send(1);
+    std::uint64_t ignored = 0;
+    client.socket = client.real->channel().receive_fd(ignored);
+    client.handed_over = descriptors_.pass(client.process, client.uffd->fd());
+    client.stage = Stage::asking;
+    if (client.speaks == Speaks::firecracker) {
+      const nlohmann::json handshake = {{{"base_host_virt_addr", client.region.start.value},
+                                         {"size", client.region.length.value},
+                                         {"offset", client.first_page * kPage},
+                                         {"page_size", kPage}}};
+      return test::send_with_fds(client.socket.get(), handshake.dump(), std::array{client.handed_over});
+    }
+    client.reader = native::FrameReader(native::FrameReader::Reads::answers);
+    ask(client, native::Hello{}, [](native::Answer&) {});
+    UniqueFd uffd = duplicate(client.handed_over);
+    const auto attached = [this, &client](native::Answer& answer) { hear_attached(client, answer); };
+    if (client.has_session)
+      return ask(client,
+                 native::Resume{.session = client.session,
+                                .uffd = std::move(uffd),
+                                .state_file = duplicate(client.state_file.get())},
+                 attached);
+    ask(client,
+        native::Attach{.request = {.image = "guest",
+                                   .regions = {{.memory = client.region,
+                                                .offset = StoreOffset(client.first_page * kPage),
+                                                .page_size = kPage4K}}},
+                       .uffd = std::move(uffd)},
+        attached);
+  }
+
+  static UniqueFd duplicate(int fd) { return UniqueFd(linux_system_calls().duplicate(fd)); }
+
+  static void ask(Client& client, native::Request request, std::function<void(native::Answer&)> hear) {
+    const native::OutgoingFrame frame = native::encode_request(++client.last_request, std::move(request));
+    client.asked[client.last_request] = std::move(hear);
+    const auto sent = send_all(client.socket.get(), frame.bytes, frame.fd_numbers(), std::chrono::seconds(1));
+    // A manager that has ended is heard of next.
+    if (!sent) CHECK(sent.error().os_error() == EPIPE || sent.error().os_error() == ECONNRESET);
+  }
+
+  void hear_attached(Client& client, native::Answer& answer) {
+    // One that serves it already needs no other descriptor.
+    (void)descriptors_.lost(std::exchange(client.handed_over, -1));
+    if (auto* attached = std::get_if<native::Attached>(&answer)) {
+      client.session = attached->session;
+      client.state_file = std::move(attached->state_file);
+      client.has_session = true;
+      client.stage = Stage::served;
+      note(fmt::format("process {} is served", client.process.pid()));
+      // What was not answered is asked again.
+      for (const AddressRange range : client.dropping) ask_to_drop(client, range);
+      return;
+    }
+    if (!client.process.alive()) return;
+    const auto* refused = std::get_if<native::Refused>(&answer);
+    if (refused == nullptr) return fail("ATTACH or RESUME was answered with something else");
+    note(fmt::format("process {} is refused: {}", client.process.pid(), to_string(refused->code)));
+    const bool may_try_again = refused->code == native::ErrorCode::busy ||
+                               refused->code == native::ErrorCode::shutting_down ||
+                               refused->code == native::ErrorCode::no_such_session;
+    if (!may_try_again) return fail("refused: " + refused->message);
+    ::shutdown(client.socket.get(), SHUT_WR);
+  }
+
+  void hear_all() {
+    for (const auto& client : clients_) hear(*client);
+  }
+
+  void hear(Client& client) {
+    std::array<std::byte, 4096> buffer;
+    while (client.socket) {
+      Result<Piece> piece = receive_some(client.socket.get(), buffer);
+      if (!piece) return lose_connection(client);
+      if (piece->bytes.empty() && !piece->end) return;
+      const bool end = piece->end;
+      heard_ += fmt::format("{}:{} ", client.process.pid(), piece->bytes.size());
+      if (client.speaks == Speaks::native) hear(client, std::move(*piece));
+      if (end) return lose_connection(client);
+    }
+  }
+
+  void hear(Client& client, Piece piece) {
+    Result<std::vector<native::Frame>> frames = client.reader.feed(std::move(piece));
+    if (!frames) return fail("the manager says what it must not: " + frames.error().text());
+    for (native::Frame& frame : *frames) {
+      auto request = client.asked.extract(frame.request_id);
+      Result<native::Answer> answer = native::decode_answer(std::move(frame));
+      if (!answer || !request) return fail("the manager answers what was not asked");
+      request.mapped()(*answer);
+    }
+  }
+
+  void lose_connection(Client& client) {
+    note(fmt::format("the connection of process {} has ended", client.process.pid()));
+    client.socket.reset();
+    client.asked.clear();
+    const bool not_arrived = descriptors_.lost(std::exchange(client.handed_over, -1));
+    client.detaching = false;
+    if (client.stage == Stage::complete) return;
+    client.stage = client.speaks == Speaks::firecracker && !not_arrived ? Stage::served : Stage::outside;
+  }
+
+  // ---- what happens
+
+  void act() {
+    Client& client = *clients_[draw(clients_.size())];
+    const std::uint64_t what = draw(200);
+    if (what < 90) {
+      begin_something(client);
+    } else if (what < 150) {
+      turn();
+    } else if (what < 160) {
+      if (client.speaks != Speaks::nothing) connect(client);
+    } else if (what < 165) {
+      ask_something(client);
+    } else if (what == 165) {
+      if (one_in(3)) break_connection(client);
+    } else if (what == 166) {
+      if (one_in(6)) kill(client);
+    } else if (what == 167) {
+      if (one_in(4)) begin_end();
+    }
+  }
+
+  // All that follows by itself, and the turn of somebody else.
+  void go_on() {
+    hear_all();
+    check();
+    if (ended_) {
+      bury();
+      start_manager();
+    }
+    threads_.yield();
+  }
+
+  void break_connection(Client& client) {
+    if (client.speaks != Speaks::native || client.stage != Stage::served) return;
+    note(fmt::format("process {} breaks its connection", client.process.pid()));
+    lose_connection(client);
+  }
+
+  void kill(Client& client) {
+    if (!client.process.alive()) return;
+    note(fmt::format("process {} is killed", client.process.pid()));
+    descriptors_.alone([&] { client.process.kill(); });
+    if (client.real) client.real->kill();
+    // Its end stays with us until the manager's has gone, with what is on its way there.
+    if (client.speaks == Speaks::native && client.socket) ::shutdown(client.socket.get(), SHUT_WR);
+  }
+
+  void ask_something(Client& client) {
+    if (client.speaks != Speaks::native || client.stage != Stage::served || client.detaching) return;
+    if (!client.process.alive()) return;
+    const std::uint64_t what = draw(10);
+    if (what < 3) return ask(client, native::Query{}, [](native::Answer&) {});
+    if (what < 6) return add_region(client);
+    if (what < 9) return drop_region(client);
+    if (!one_in(3)) return;
+    const bool populates = !one_in(3);
+    note(fmt::format("process {} is to be {}", client.process.pid(), populates ? "completed" : "released"));
+    client.detaching = true;
+    client.releasing = client.releasing || !populates;
+    if (client.releasing) client.memory.release();
+    ask(client,
+        native::Detach{.mode = populates ? native::DetachMode::populate : native::DetachMode::release},
+        [this, &client](native::Answer& answer) {
+          client.detaching = false;
+          if (!std::holds_alternative<native::Ok>(answer)) return;
+          note(fmt::format("process {} is its own", client.process.pid()));
+          client.stage = Stage::complete;
+          // Which takes all of its memory out, also what it has added by mremap(2).
+          descriptors_.alone([&] { client.uffd.reset(); });
+          for (const AddressRange range : std::exchange(client.dropping, {}))
+            client.memory.end_leaving(range, false);
+        });
+  }
+
+  void add_region(Client& client) {
+    const AddressRange range{Address(next_place_), ByteCount((1 + draw(8)) * kPage)};
+    next_place_ += kPlaceBytes;
+    const std::uint64_t first = draw(kImagePages - 8);
+    client.process.map({.length = range.length, .fixed = range.start}).value();
+    client.uffd->register_range(range, kMissing).value();
+    note(fmt::format("process {} adds {:#x}+{:#x}", client.process.pid(), range.start.value,
+                     range.length.value));
+    ask(client,
+        native::AddRegions{
+            .regions = {{.memory = range, .offset = StoreOffset(first * kPage), .page_size = kPage4K}}},
+        [&client, range, first](native::Answer& answer) {
+          // From here on it may be touched.
+          if (!std::holds_alternative<native::Ok>(answer)) return;
+          client.memory.add(range, first);
+          if (client.releasing) client.memory.release();
+        });
+  }
+
+  void drop_region(Client& client) {
+    if (client.memory.pages().empty()) return;
+    const AddressRange range{some_page(client), ByteCount((1 + draw(4)) * kPage)};
+    // It touches nothing there until it has taken it out. A child that is being born has what is dropped, or
+    // has it not.
+    if (is_in_use(client, range) || is_forking(client)) return;
+    note(fmt::format("process {} drops {:#x}+{:#x}", client.process.pid(), range.start.value,
+                     range.length.value));
+    client.memory.begin_leaving(range);
+    client.dropping.push_back(range);
+    ask_to_drop(client, range);
+  }
+
+  void ask_to_drop(Client& client, AddressRange range) {
+    ask(client, native::DropRegions{.ranges = {range}}, [this, &client, range](native::Answer& answer) {
+      if (!std::holds_alternative<native::Ok>(answer)) return;
+      // Page by page: part of it may be unmapped.
+      descriptors_.alone([&] {
+        for (std::uint64_t at = 0; at < range.length.value; at += kPage)
+          (void)client.uffd->unregister_range({range.start + ByteCount(at), ByteCount(kPage)});
+      });
+      client.memory.end_leaving(range, false);
+      // A file that is mapped elsewhere, too, would show there the zeros that are read here.
+      if (!client.grows) forget(client, range);
+      client.dropping.erase(std::ranges::find(client.dropping, range));
+      client.dropped.push_back(range);
+    });
+  }
+
+  // Nobody knows what it shows: it is not looked at any more.
+  static void forget(Client& client, AddressRange range) {
+    client.memory.forget(range);
+    client.unknown.push_back(range);
+  }
+
+  // Whether something is under way there.
+  static bool is_in_use(const Client& client, AddressRange range) {
+    const auto touches = [&](const Worker& worker) {
+      const Doing& doing = worker.doing;
+      if (doing.kind == Doing::Kind::access) return range.contains(doing.access.address);
+      const bool moves = doing.kind == Doing::Kind::remap;
+      return doing.kind > Doing::Kind::fork &&
+             (doing.range.overlaps(range) ||
+              (moves && AddressRange{*doing.remap.to, doing.remap.new_length}.overlaps(range)));
+    };
+    return std::ranges::any_of(client.workers, touches) || overlaps_any(client.dropping, range);
+  }
+  static bool overlaps_any(const std::vector<AddressRange>& ranges, AddressRange range) {
+    return std::ranges::any_of(ranges, [&](AddressRange other) { return other.overlaps(range); });
+  }
+
+  Address some_page(const Client& client) {
+    auto page = client.memory.pages().begin();
+    std::advance(page, static_cast<std::ptrdiff_t>(draw(client.memory.pages().size())));
+    return Address(page->first);
+  }
+
+  void begin_something(Client& client) {
+    Worker& worker = client.workers[draw(client.workers.size())];
+    if (!client.may_run() || worker.thread->state() != sim::Thread::State::idle ||
+        client.memory.pages().empty())
+      return;
+    const Address address = some_page(client);
+    Doing doing{};
+    const std::uint64_t what = draw(client.speaks == Speaks::firecracker ? 39 : 44);
+    if (what < 33) {
+      doing = {.kind = Doing::Kind::access,
+               .access = {.address = address + ByteCount(draw(kPage)),
+                          .write = what < 8,
+                          .kernel_mode = one_in(6),
+                          .value = static_cast<std::byte>(draw(256))}};
+    } else if (what == 43) {
+      if (!may_fork(client)) return;
+      doing.kind = Doing::Kind::fork;
+    } else {
+      doing.range = {address, ByteCount((1 + draw(6)) * kPage)};
+      // Threads of one process that change the same memory at once get what they get.
+      for (const Worker& other : client.workers)
+        if (other.doing.kind > Doing::Kind::fork && other.doing.range.overlaps(doing.range)) return;
+      doing.kind = what < 38 ? Doing::Kind::advise : what == 38 ? Doing::Kind::unmap : Doing::Kind::remap;
+      if (doing.kind == Doing::Kind::remap) choose_remap(client, doing);
+    }
+    if (doing.kind == Doing::Kind::remap && overlaps_any(client.dropped, doing.range)) return;
+    if (overlaps_any(client.dropping, doing.kind == Doing::Kind::access
+                                          ? AddressRange{address, ByteCount(kPage)}
+                                          : doing.range))
+      return;
+    descriptors_.alone([&] { begin(client, worker, std::move(doing)); });
+  }
+
+  bool may_fork(const Client& client) const {
+    // A private mapping of a file shares that file with the child, whose zeros it would read when nobody
+    // serves the child any more.
+    if (!client.grows || clients_.size() + newcomers_.size() >= kClientsMax) return false;
+    return client.stage == Stage::served && !client.detaching && !is_forking(client);
+  }
+
+  static bool is_forking(const Client& client) {
+    return std::ranges::any_of(client.workers,
+                               [](const Worker& worker) { return worker.doing.kind == Doing::Kind::fork; });
+  }
+
+  void choose_remap(Client& client, Doing& doing) {
+    std::uint64_t pages = 0;
+    while (pages * kPage < doing.range.length.value &&
+           client.memory.find(doing.range.start + ByteCount(pages * kPage)) != nullptr)
+      ++pages;
+    doing.range.length = ByteCount(pages * kPage);
+    ByteCount length = one_in(2) ? doing.range.length : ByteCount((1 + draw(8)) * kPage);
+    if (!client.grows) length = std::min(length, doing.range.length);
+    doing.remap = {.from = doing.range,
+                   .new_length = length,
+                   .may_move = true,
+                   .dont_unmap = length == doing.range.length && one_in(4),
+                   .to = Address(next_place_)};
+    next_place_ += kPlaceBytes;
+  }
+
+  void begin(Client& client, Worker& worker, Doing doing) {
+    switch (doing.kind) {
+      case Doing::Kind::nothing:
+        return;
+      case Doing::Kind::access:
+        worker.thread->access(doing.access);
+        break;
+      case Doing::Kind::fork:
+        worker.thread->fork();
+        break;
+      case Doing::Kind::advise:
+        client.memory.begin_leaving(doing.range);
+        worker.thread->advise(doing.range, sim::Advice::dont_need);
+        break;
+      case Doing::Kind::unmap:
+        worker.thread->unmap(doing.range);
+        break;
+      case Doing::Kind::remap:
+        worker.thread->remap(doing.remap);
+        break;
+    }
+    constexpr std::array kNames = {"nothing", "access", "fork", "madvise", "munmap", "mremap"};
+    const bool is_access = doing.kind == Doing::Kind::access;
+    note(fmt::format("process {}, thread {}: {} {:#x}+{:#x}", client.process.pid(), worker.thread->tid(),
+                     kNames[static_cast<std::size_t>(doing.kind)],
+                     is_access ? doing.access.address.value : doing.range.start.value,
+                     doing.range.length.value));
+    worker.doing = std::move(doing);
+  }
+
+  // ---- what must come of it
+
+  // One turn of one thread; what it has done is looked at at once, so that all is in a known order.
+  bool turn() {
+    const bool moved = descriptors_.alone([&] {
+      if (!kernel_.step()) return false;
+      for (const auto& client : clients_)
+        for (Worker& worker : client->workers) look_at(*client, worker);
+      return true;
+    });
+    for (auto& child : std::exchange(newcomers_, {})) clients_.push_back(std::move(child));
+    return moved;
+  }
+
+  void look_at(Client& client, Worker& worker) {
+    Doing& doing = worker.doing;
+    const sim::Thread::State state = worker.thread->state();
+    if (doing.kind == Doing::Kind::nothing || state == sim::Thread::State::dead) return;
+    if (state != sim::Thread::State::runnable && !std::exchange(doing.begun, true)) begun(client, worker);
+    if (state != sim::Thread::State::idle) return;
+    const sim::Completion ended = worker.thread->last().value();
+    const Doing done = std::exchange(doing, {});
+    heard_ += fmt::format("{}={} ", worker.thread->tid(), to_string(ended));
+    if (done.kind == Doing::Kind::advise)
+      client.memory.end_leaving(done.range, ended.result == 0);
+    else if (done.kind == Doing::Kind::fork)
+      add_child(client, *ended.child, *done.of_child);
+    else if (done.kind == Doing::Kind::remap)
+      look_at_remap(client, done.remap, ended);
+    else if (done.kind == Doing::Kind::access)
+      look_at_access(client, done.access, ended);
+  }
+
+  static void look_at_remap(Client& client, const sim::Remap& remap, const sim::Completion& ended) {
+    if (ended.result >= 0) return;
+    // Where a manager has unregistered part of it, that is a mapping of its own: it may have been moved
+    // alone.
+    forget(client, remap.from);
+    forget(client, {*remap.to, remap.new_length});
+  }
+
+  // The first turn of what it does, in which the deed is done that others see.
+  static void begun(Client& client, Worker& worker) {
+    Doing& doing = worker.doing;
+    if (doing.kind == Doing::Kind::unmap) client.memory.forget(doing.range);
+    if (doing.kind == Doing::Kind::fork) {
+      doing.of_child = client.memory.child();
+      for (const AddressRange range : client.dropping) doing.of_child->forget(range);
+    }
+    if (doing.kind != Doing::Kind::remap) return;
+    const bool failed =
+        worker.thread->state() == sim::Thread::State::idle && worker.thread->last().value().result < 0;
+    if (failed) return;
+    client.memory.move(doing.remap.from, *doing.remap.to, doing.remap.new_length, doing.remap.dont_unmap);
+  }
+
+  void add_child(Client& parent, sim::Process& process, ExpectedMemory memory) {
+    auto child = std::make_unique<Client>(process, Speaks::nothing);
+    child->stage = Stage::served;
+    child->grows = true;
+    child->memory = std::move(memory);
+    child->dropped = parent.dropped;
+    // Its copy of the parent's descriptor would keep the parent waiting if all others had closed theirs.
+    for (int fd = 0; process.open_descriptors() > 0; ++fd) process.system_calls().close(fd);
+    child->workers.push_back({.thread = process.threads().front()});
+    while (child->workers.size() < kThreads) child->workers.push_back({.thread = &process.spawn_thread()});
+    note(fmt::format("process {} has a child, {}", parent.process.pid(), process.pid()));
+    newcomers_.push_back(std::move(child));
+  }
+
+  void look_at_access(Client& client, const sim::Access& access, const sim::Completion& ended) {
+    ExpectedPage* page = client.memory.find(access.address);
+    if (page == nullptr && overlaps_any(client.unknown, {access.address, ByteCount(1)})) return;
+    const std::uint64_t offset = access.address.value % kPage;
+    const std::string where =
+        fmt::format("{:#x} of process {}: {}", access.address.value, client.process.pid(), to_string(ended));
+    if (ended.kind != sim::Completion::Kind::value) {
+      if (page != nullptr) fail(where);
+      return;
+    }
+    if (page == nullptr) return fail(where + ", after munmap");
+    if (access.write) return page->write(offset, std::to_integer<std::uint8_t>(access.value));
+    ++bytes_checked_;
+    if (!page->possible(offset).test(std::to_integer<std::size_t>(ended.value)))
+      fail(where + ", which it must not read as");
+  }
+
+  void check() {
+    for (const std::string& text : kernel_.violations()) fail(text);
+  }
+
+  // What is under way still; empty if nothing is.
+  std::string unfinished() const {
+    for (const auto& client : clients_) {
+      if (!client->process.alive()) continue;
+      const int pid = client->process.pid();
+      if (client->stage == Stage::outside || client->stage == Stage::asking)
+        return fmt::format("process {} is not served", pid);
+      if (!client->asked.empty()) return fmt::format("process {} waits for an answer", pid);
+      for (const Worker& worker : client->workers)
+        if (worker.thread->state() != sim::Thread::State::idle)
+          return fmt::format("thread {} of process {} is {}, and nobody comes for it", worker.thread->tid(),
+                             pid, to_string(worker.thread->state()));
+    }
+    return "";
+  }
+
+  // Nothing new is begun; all that is under way comes to its end.
+  void rest() {
+    std::int64_t until_ns = threads_.clock_ns() + kPatienceNs;
+    while (wrong_.empty()) {
+      if (!ending_)
+        for (const auto& client : clients_)
+          if (client->speaks != Speaks::nothing) connect(*client);
+      const bool moved = turn();
+      if (ended_) until_ns = threads_.clock_ns() + kPatienceNs;
+      if (ending_ && !ended_) until_ns = std::max(until_ns, threads_.clock_ns() + kPatienceNs);
+      go_on();
+      if (moved) continue;
+      const bool idle = threads_.run_until_idle();
+      hear_all();
+      const std::string left = unfinished();
+      if (left.empty() && !ending_) return;
+      if (threads_.clock_ns() > until_ns) return fail(left);
+      if (turn() || ended_ || !idle) continue;
+      if (!threads_.let_time_pass()) return fail(left);
+    }
+  }
+
+  void look_at_everything() {
+    for (const auto& client : clients_) {
+      if (!client->process.alive()) continue;
+      std::vector<Address> addresses;
+      for (const auto& [address, page] : client->memory.pages()) addresses.emplace_back(address);
+      for (const Address address : addresses) {
+        if (!wrong_.empty()) return;
+        Worker& worker = client->workers[draw(client->workers.size())];
+        if (worker.thread->state() != sim::Thread::State::idle) rest();
+        if (!wrong_.empty()) return;
+        if (client->memory.find(address) == nullptr) continue;
+        descriptors_.alone([&] {
+          begin(*client, worker,
+                {.kind = Doing::Kind::access, .access = {.address = address + ByteCount(draw(kPage))}});
+        });
+        turn();
+      }
+      rest();
+    }
+  }
+
+  // The last manager ends while nobody does anything, and nothing is left of it.
+  void end() {
+    if (!wrong_.empty()) return;
+    begin_end();
+    const std::int64_t until_ns = threads_.clock_ns() + kEndNs;
+    while (!ended_) {
+      while (turn()) continue;
+      hear_all();
+      const bool idle = threads_.run_until_idle();
+      if (threads_.clock_ns() > until_ns) return fail("the manager does not end");
+      if (ended_ || turn() || !idle) continue;
+      CHECK(threads_.let_time_pass());
+    }
+    bury();
+    (void)threads_.run_until_idle();
+    if (threads_.others() != 0) fail(fmt::format("{} threads are left", threads_.others()));
+  }
+
+  // Something was wrong: who waits for what does not come would not end.
+  void give_up() {
+    threads_.mend();
+    manager_->stop();
+    manager_->stop();
+    while (!ended_) {
+      const bool idle = threads_.run_until_idle();
+      if (!ended_ && idle) CHECK(threads_.let_time_pass());
+    }
+    running_.join();
+    manager_.reset();
+  }
+
+  void run_to_the_end_of_all() {
+    while (threads_.others() != 0)
+      if (threads_.run_until_idle() && threads_.others() != 0) CHECK(threads_.let_time_pass());
+  }
+
+  test::TempDir directory_;
+  std::mt19937_64 random_;
+  PlantedThreads threads_;
+  sim::Kernel kernel_;
+  RealDescriptors descriptors_;
+  YieldingCalls calls_;
+  std::vector<std::unique_ptr<Client>> clients_;
+  std::vector<std::unique_ptr<Client>> newcomers_;  // born in this turn
+  std::unique_ptr<Manager> manager_;
+  Thread running_;
+  bool ending_ = false;  // it has been told to
+  bool ended_ = false;
+  bool ended_well_ = false;
+  std::uint64_t next_place_ = kFirstFreePlace;
+  std::string wrong_;
+  std::string heard_;
+  std::vector<std::string> events_;
+  std::size_t bytes_checked_ = 0;
+};
+
+}  // namespace
+
+Found run_manager(std::uint64_t seed, ManagerBug bug) {
+  const std::size_t before = open_descriptors();
+  Found found;
+  {
+    ManagerWorld world(seed, bug);
+    found = world.run();
+  }
+  const std::size_t after = open_descriptors();
+  if (found.wrong.empty() && after != before)
+    found.wrong = fmt::format("{} descriptors are open in the end, of {} before", after, before);
+  return found;
+}
+
+std::uint64_t first_seed_that_finds(ManagerBug bug, std::uint64_t most) {
+  for (std::uint64_t seed = 1; seed <= most; ++seed)
+    if (!run_manager(seed, bug).wrong.empty()) return seed;
+  return 0;
+}
+
+}  // namespace uffdkit::simulate
