@@ -64,6 +64,7 @@ Session::Session(Uffd uffd, SessionState state, std::vector<std::shared_ptr<Stor
   for (std::shared_ptr<StoreLane>& lane : lanes)
     serving_.push_back(lane ? RegionServing{.lane = std::move(lane), .serial = ++last_serial_}
                             : RegionServing());
+  if (options_.follow_streams) streams_.emplace(options_.fault_around);
   if (options_.background != Background::off && !serving_.empty()) prefetching().background = true;
 }
 
@@ -273,7 +274,10 @@ PendingWhy Session::why(const Pending& pending) {
   if (!read || *read != ReadStatus::done) return false;
   add(counters_.faults);
   add(counters_.bytes_read, buffer.size());
-  if (notes_wanted_) note_wanted(*segment, wanted);
+  if (streams_ && streams_->wanted(segment->region, wanted))
+    stream_went_on();
+  else if (notes_wanted_)
+    note_wanted(*segment, wanted);
   if (run.count == kOneGranule && !is_zero(buffer)) {
     const Outcome outcome = uffd_.copy(segment->address_of(wanted), buffer);
     if (outcome.stop == Stop::complete) {
@@ -466,7 +470,7 @@ void Session::apply(const ForkEvent& event) {
   if (segment->left_behind) return serve_left_behind(pending, *segment);
   const PageIndex wanted = segment->granule_at(pending.page);
   const bool shared = serving_[segment->region].shared != nullptr;
-  if (notes_wanted_ && pending.attempts == 0) note_wanted(*segment, wanted);
+  if (pending.attempts == 0) note(*segment, wanted);
   const FaultPlan plan =
       plan_fault(state_.table(segment->region), *segment, wanted,
                  shared ? options_.shared_fault_around : options_.fault_around, lost(*segment));

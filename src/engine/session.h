@@ -34,6 +34,7 @@
 #include "engine/session_state.h"
 #include "engine/shared_image.h"
 #include "engine/store_lane.h"
+#include "engine/streams.h"
 
 namespace uffdkit {
 
@@ -155,6 +156,9 @@ struct SessionOptions {
   PageCount shared_fault_around{64};
   OnError on_error = OnError::poison;
   Background background = Background::off;
+  // Whether a client that goes through its memory in order is brought what it will come to: not where its
+  // pages are recorded, or where it has a working set.
+  bool follow_streams = false;
   // Of what is read in the background, by all sessions that have it; nullptr: no limit.
   std::shared_ptr<IoBudget> background_budget = nullptr;
 };
@@ -233,6 +237,7 @@ class Session {
   void record(std::shared_ptr<AccessRecord> pages, std::shared_ptr<StoreLane> lane) {
     record_ = {.pages = std::move(pages), .lane = std::move(lane)};
     notes_wanted_ = true;
+    streams_.reset();
   }
   // Brings these pages of that image as soon as no fault has to be served. `seed` says which few are left
   // out, to see whether they are asked for.
@@ -299,7 +304,7 @@ class Session {
     std::shared_ptr<AccessRecord> pages;
     std::shared_ptr<StoreLane> lane;
   };
-  // Bringing a working set, and the rest in the background.
+  // Bringing a working set or what streams will come to, and the rest in the background.
   struct Prefetching {
     std::shared_ptr<const PrefetchOrder> order;  // nullptr where nothing was recorded
     std::shared_ptr<StoreLane> lane;             // of that
@@ -319,6 +324,7 @@ class Session {
     unsigned attempts = 0;           // how often in a row
     // When a page was asked for the last time that was not to be brought, or not soon.
     std::int64_t missed_at_ns = std::numeric_limits<std::int64_t>::min() / 2;
+    std::deque<Streams::Ahead> ahead;  // of streams; what has been begun of the first is no longer in it
     // In the background: what was not looked at begins there, when the next batch may be begun, and whether
     // its bytes were taken from the budget.
     bool background = false;
@@ -329,6 +335,7 @@ class Session {
     std::int64_t last_fault_ns = 0;
 
     bool has_order() const { return order != nullptr && next < order->pages().size(); }
+    bool has_something() const { return has_order() || !ahead.empty() || background || !arrived.empty(); }
   };
   // How much of it is done at once.
   struct Pace {
@@ -449,6 +456,17 @@ class Session {
   // go together and up to `granules_max`; how many were passed. 0: not now.
   PageCount install_run(Fetch& fetch, PageRange rest, std::uint64_t at, std::size_t granules_max);
 
+  // ---- session_streams.cc: clients that go through their memory in order
+  // A page is asked for, whatever it is, and whether or not for the first time: for who follows streams, and
+  // for note_wanted().
+  void note(const Segment& segment, PageIndex granule);
+  // A stream has come to where it was expected.
+  void stream_went_on();
+  // Begins a batch of what one will come to; false if enough was done in this step.
+  bool start_batch_of_stream();
+  // Adds what is missing of its next page and the neighbours of that; how many pages are to be read.
+  std::size_t add_around(const Streams::Ahead& ahead, std::vector<FetchPiece>& pieces);
+
   // Goes on bringing everything in; true if there is more to do at once.
   bool populate();
   // Condemns the run that begins with `first`, and goes behind it; false if the kernel put it off.
@@ -494,6 +512,7 @@ class Session {
   std::vector<UnderWay> fetches_;
   std::uint64_t last_fetch_ = 0;
   Recording record_;
+  std::optional<Streams> streams_;
   std::unique_ptr<Prefetching> prefetching_;
   bool notes_wanted_ = false;  // one of these is there
 

@@ -1,4 +1,5 @@
-// Pages before they are asked for: those of a working set, in its order; then, in the background, the others.
+// Pages before they are asked for: those of a working set, in its order, or those that a stream will come to
+// (session_streams.cc); then, in the background, the others.
 //
 // What is under way here holds no page: its pages stay `absent`, so that a fault for one of them is served as
 // if nobody had thought of it before. When the bytes are there, they are put where pages are `absent` still.
@@ -67,6 +68,7 @@ void Session::prefetch(std::shared_ptr<const PrefetchOrder> order, std::shared_p
   prefetching().order = std::move(order);
   prefetching().lane = std::move(lane);
   prefetching().seed = seed;
+  streams_.reset();
 }
 
 Session::Prefetching& Session::prefetching() {
@@ -127,7 +129,7 @@ bool Session::is_untouched(RegionId region, PageRange granules) {
 
 bool Session::prefetch_step() {
   Prefetching& prefetching = *prefetching_;
-  if (prefetching.not_before_ns > host_.now_ns()) return false;
+  if (!prefetching.has_something() || prefetching.not_before_ns > host_.now_ns()) return false;
   prefetching.not_before_ns = 0;
   install_arrived();
   if (end_) return false;
@@ -157,7 +159,9 @@ bool Session::start_batches() {
     }
     if (!start_batch_of_order()) return prefetching.has_order();
   }
-  while (has_room() && prefetching.background && !prefetching.has_order())
+  while (has_room() && !prefetching.ahead.empty())
+    if (!start_batch_of_stream()) return !prefetching.ahead.empty() && prefetching.arrived.empty();
+  while (has_room() && prefetching.background && !prefetching.has_order() && prefetching.ahead.empty())
     if (!may_start_in_background() || !start_background_batch()) break;
   return false;
 }
@@ -336,6 +340,7 @@ void Session::came_late(std::int64_t since_ns) {
 void Session::stop_prefetching() {
   if (prefetching_->has_order()) add(counters_.prefetch_given_up);
   if (prefetching_->order) prefetching_->next = prefetching_->order->pages().size();
+  prefetching_->ahead.clear();
   prefetching_->background = false;
   prefetching_->depth = 0;
 }

@@ -46,6 +46,7 @@ Result<void> Manager::Impl::start() {
                    .shared_fault_around = options_.record ? PageCount(1) : options_.shared_fault_around,
                    .on_error = options_.on_error,
                    .background = options_.record ? Background::off : options_.background,
+                   .follow_streams = options_.prefetch && !options_.record,
                    .background_budget = std::make_shared<IoBudget>(options_.background_bytes_per_second)},
        .threads = options_.threads},
       *this);

@@ -273,7 +273,8 @@ void add_serve(CLI::App& app, int& exit_code) {
       "When a session ends, write beside its image (IMAGE.ws) which pages it was asked for, and in "
       "which order; several recordings are merged. Pages come one at a time meanwhile");
   command->add_flag("--no-prefetch", options->no_prefetch,
-                    "Leave it to faults to bring the pages that were recorded");
+                    "Bring nothing before it is asked for: neither what was recorded, nor what a client that "
+                    "goes through its memory in order will come to");
   command
       ->add_option(
           "--background", options->background,

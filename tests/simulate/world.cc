@@ -280,11 +280,12 @@ class World {
     serve(client, Uffd::receive(fd, *calls_).value(), std::move(state), std::move(lanes));
   }
   void serve(Client& client, Uffd uffd, SessionState state, std::vector<std::shared_ptr<StoreLane>> lanes) {
-    client.session = std::make_unique<Session>(
-        std::move(uffd), std::move(state), std::move(lanes),
-        SessionOptions{.fault_around = PageCount(std::uint64_t{1} << draw(5)),
-                       .background = one_in(4) ? Background::full : Background::off},
-        client);
+    client.session =
+        std::make_unique<Session>(std::move(uffd), std::move(state), std::move(lanes),
+                                  SessionOptions{.fault_around = PageCount(std::uint64_t{1} << draw(5)),
+                                                 .background = one_in(4) ? Background::full : Background::off,
+                                                 .follow_streams = one_in(2)},
+                                  client);
     if (one_in(2)) prefetch(client);
     client.next = {.again = true};
   }

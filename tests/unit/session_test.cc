@@ -246,11 +246,13 @@ class SessionTest : public testing::Test {
  protected:
   // One region: pages 0 to 1023 show the store from its start.
   explicit SessionTest(std::uint64_t around = 4, Features features = {}, OnError on_error = OnError::poison,
-                       Background background = Background::off, std::shared_ptr<IoBudget> budget = nullptr)
+                       Background background = Background::off, std::shared_ptr<IoBudget> budget = nullptr,
+                       bool follow_streams = false)
       : session_(Uffd::adopt(3, features, kernel_), SessionState::create("fake").value(), {},
                  {.fault_around = PageCount(around),
                   .on_error = on_error,
                   .background = background,
+                  .follow_streams = follow_streams,
                   .background_budget = std::move(budget)},
                  host_) {
     add(pages(0, 1024));
@@ -1404,8 +1406,9 @@ TEST_F(SessionTest, ASessionThatIsTakenUpAgainWakesAlsoThreadsOutsideOfEveryRegi
 
 class Prefetch : public SessionTest {
  protected:
-  explicit Prefetch(Background background = Background::off, std::shared_ptr<IoBudget> budget = nullptr)
-      : SessionTest(1, {}, OnError::poison, background, std::move(budget)) {}
+  explicit Prefetch(Background background = Background::off, std::shared_ptr<IoBudget> budget = nullptr,
+                    bool follow_streams = false)
+      : SessionTest(1, {}, OnError::poison, background, std::move(budget), follow_streams) {}
 
   // Begins bringing these pages. Of the seeds there is one that leaves none of them out.
   void prefetch(const std::vector<std::uint32_t>& order, std::uint64_t seed = kSeed) {
@@ -1686,6 +1689,74 @@ TEST_F(Prefetch, HugePagesComeWhole) {
   EXPECT_EQ(present().size(), 1024u);
   EXPECT_EQ(counter(counters().pages_prefetched), 1024u);
   EXPECT_EQ(store_->reads.size(), 2u) << "one was read twice";
+}
+
+class InOrder : public Prefetch {
+ protected:
+  InOrder() : Prefetch(Background::off, nullptr, /*follow_streams=*/true) {}
+  void touch(std::uint64_t first, std::uint64_t count) {
+    for (std::uint64_t page = first; page < first + count; ++page) {
+      if (!at(page)) kernel_.fault(pages(page));
+      settle();
+    }
+  }
+};
+
+TEST_F(InOrder, WhatAClientWillComeToIsBrought) {
+  touch(100, 3);
+  ASSERT_EQ(host_.fetches.size(), 1u);
+  EXPECT_EQ(host_.fetches.front()->urgency, Urgency::prefetch);
+  bring_all();
+  // One is left, to see whether the client goes on.
+  EXPECT_EQ(present().size(), 3 + 63u);
+  EXPECT_EQ(present().front(), 100u);
+  EXPECT_EQ(present().back(), 166u);
+  for (const std::uint64_t page : present()) EXPECT_EQ(at(page), tag_of(page));
+  EXPECT_EQ(counter(counters().pages_prefetched), 63u);
+  const std::uint64_t faults = counter(counters().faults);
+  touch(103, 64);
+  EXPECT_EQ(counter(counters().faults), faults + 1);
+  bring_all();
+  EXPECT_GT(present().back(), 250u);
+}
+
+TEST_F(InOrder, NothingIsBroughtBehindTheRegion) {
+  touch(1000, 4);
+  bring_all();
+  touch(1004, 20);
+  bring_all();
+  EXPECT_EQ(present().size(), 24u);
+}
+
+TEST_F(InOrder, BackwardsThePagesBeforeAreBrought) {
+  for (const std::uint64_t page : {50u, 49u, 48u}) touch(page, 1);
+  bring_all();
+  EXPECT_EQ(present().front(), 0u);
+  EXPECT_EQ(present().back(), 50u);
+}
+
+TEST_F(InOrder, WhatWasRemovedIsNotBrought) {
+  kernel_.removed(pages(110, 10));
+  touch(100, 3);
+  bring_all();
+  EXPECT_EQ(at(109), tag_of(109));
+  for (std::uint64_t page = 110; page < 120; ++page) EXPECT_EQ(at(page), std::nullopt);
+  EXPECT_EQ(at(120), tag_of(120));
+}
+
+TEST_F(InOrder, NothingIsBroughtWherePagesAreRecorded) {
+  session_.record(AccessRecord::create(PageCount(kPages)).value(), lane_);
+  touch(100, 10);
+  EXPECT_TRUE(host_.fetches.empty());
+}
+
+TEST_F(InOrder, ADroppedRegionGetsNothing) {
+  touch(100, 2);
+  kernel_.fault(pages(102));
+  session_.step();
+  ASSERT_TRUE(session_.drop(pages(0, 1024)));
+  bring_all();
+  EXPECT_TRUE(host_.fetches.empty());
 }
 
 class InBackground : public Prefetch {
