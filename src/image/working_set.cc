@@ -216,6 +216,13 @@ Result<std::optional<WorkingSet>> read_working_set(const std::string& path) {
   return std::optional(std::move(*set));
 }
 
+Result<void> check_recorded_of(const WorkingSet& set, const Identity& identity, std::uint64_t memory_pages,
+                               const std::string& path) {
+  if (set.identity == identity && set.memory_pages == memory_pages) return {};
+  return Failure(Error(path + " was recorded of another image", ESTALE)
+                     .with_remedy("remove it, or record the working set again"));
+}
+
 void merge(WorkingSet& into, const WorkingSet& recording) {
   CHECK(into.memory_pages == recording.memory_pages);
   std::vector<bool> known(into.memory_pages);

@@ -65,6 +65,9 @@ Result<WorkingSet> decode_working_set(std::span<const std::byte> file);
 // The file at `path`; nothing if there is none. May block. Errors: it cannot be read, is no regular file, or
 // as above; they name it.
 Result<std::optional<WorkingSet>> read_working_set(const std::string& path);
+// Errors: `set`, which was read from `path`, is not of the image with this identity and so many pages.
+Result<void> check_recorded_of(const WorkingSet& set, const Identity& identity, std::uint64_t memory_pages,
+                               const std::string& path);
 
 // The runs alone, which lie at a place of their own so that they can be changed where they are.
 inline constexpr std::uint64_t kRunsAt = 96;

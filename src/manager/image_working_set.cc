@@ -100,9 +100,9 @@ void ImageWorkingSet::use(const image::WorkingSet& set) {
 Result<std::optional<image::WorkingSet>> ImageWorkingSet::read() const {
   Result<std::optional<image::WorkingSet>> set = image::read_working_set(path_);
   if (!set || !*set) return set;
-  if ((*set)->identity == identity_ && (*set)->memory_pages == memory_pages_) return set;
-  return Failure(Error(path_ + " was recorded of another image", ESTALE)
-                     .with_remedy("remove it, or record the working set again"));
+  if (auto own = image::check_recorded_of(**set, *identity_, memory_pages_, path_); !own)
+    return Failure(std::move(own).error());
+  return set;
 }
 
 Result<void> ImageWorkingSet::add_recording(Store& store, std::span<const std::uint32_t> pages) {
@@ -129,6 +129,7 @@ Result<void> ImageWorkingSet::add_recording(Store& store, std::span<const std::u
 
 void ImageWorkingSet::add_run(const image::WorkingSetRun& run) {
   const std::lock_guard lock(file_mutex_);
+  if (!identity_) return;
   Result<std::optional<image::WorkingSet>> set = read();
   if (!set || !*set) return;
   UniqueFd file(::open(path_.c_str(), O_WRONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK));

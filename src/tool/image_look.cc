@@ -87,14 +87,12 @@ std::optional<image::WorkingSet> working_set(const std::string& path, const imag
   Result<std::optional<image::WorkingSet>> set = image::read_working_set(file);
   if (!set) return report(set.error()), std::nullopt;
   if (!*set) return std::nullopt;
-  Result<image::Identity> identity =
+  const Result<image::Identity> identity =
       opened.is_raw() ? image::identity_of(*opened.store) : opened.layers.front()->record().identity;
   if (!identity) return report(identity.error()), std::nullopt;
-  if ((*set)->identity != *identity ||
-      (*set)->memory_pages != opened.store->size().value / image::kPageBytes) {
-    report(Error(file + " was recorded of another image").with_remedy("remove it, or record it again"));
-    return std::nullopt;
-  }
+  const Result<void> own =
+      image::check_recorded_of(**set, *identity, opened.store->size().value / image::kPageBytes, file);
+  if (!own) return report(own.error()), std::nullopt;
   return std::move(*set);
 }
 
