@@ -31,6 +31,7 @@
 #include "support/child.h"
 #include "support/client.h"
 #include "support/temp_dir.h"
+#include "wire/control.h"
 #include "wire/native.h"
 #include "wire/unix_socket.h"
 
@@ -261,6 +262,7 @@ class ManagerWorld {
     manager_ = Manager::create(options).value();
     manager_->add_image("guest", directory_ / "image").value();
     manager_->listen_native(directory_ / "native").value();
+    manager_->listen_control(directory_ / "control").value();
     manager_->listen_firecracker(directory_ / "firecracker", directory_ / "image").value();
     ending_ = false;
     ended_ = false;
@@ -286,6 +288,7 @@ class ManagerWorld {
     manager_.reset();
     note("the manager has ended");
     hear_all();
+    if (threads_.got_stuck()) fail("the threads of a manager that ends wait for each other");
     if (!ended_well_) fail("the manager says that a client could not be completed");
     if (descriptors_.held() != 0)
       fail(fmt::format("the manager has kept {} userfaultfds", descriptors_.held()));
@@ -392,6 +395,7 @@ class ManagerWorld {
   }
 
   void hear_all() {
+    hear_operator();
     for (const auto& client : clients_) hear(*client);
   }
 
@@ -429,6 +433,57 @@ class ManagerWorld {
     client.stage = client.speaks == Speaks::firecracker && !not_arrived ? Stage::served : Stage::outside;
   }
 
+  // ---- who runs the manager
+
+  void ask_operators(const control::Request& request, std::string what) {
+    if (ending_) return;
+    if (!operator_) operator_ = test::connect_to(directory_ / "control");
+    note("an operator asks: " + what);
+    test::send_with_fds(operator_.get(), control::encode_request(request), {});
+    operators_asked_.push_back(std::move(what));
+  }
+
+  void ask_as_operator() {
+    const std::string more = directory_ / "more";
+    switch (draw(5)) {
+      case 0:
+        return ask_operators(control::Drain{}, "drain");
+      case 1:
+        return ask_operators(
+            control::ListenAdd{
+                .kind = control::ListenKind::firecracker, .socket = more, .image = directory_ / "image"},
+            "listen");
+      case 2:
+        return ask_operators(control::ListenRemove{.socket = more}, "listen no more");
+      default:
+        return ask_operators(control::Status{}, "status");
+    }
+  }
+
+  void hear_operator() {
+    std::array<std::byte, 16'384> buffer;
+    while (operator_) {
+      Result<Piece> piece = receive_some(operator_.get(), buffer);
+      const bool ended = !piece || piece->end;
+      if (!ended && piece->bytes.empty()) return;
+      Result<std::vector<std::string>> lines = std::vector<std::string>();
+      if (piece) lines = operators_reader_.feed(std::move(*piece));
+      if (!lines) return fail("what an operator hears is no line: " + lines.error().text());
+      for (const std::string& line : *lines) {
+        if (operators_asked_.empty()) return fail("an operator hears what was not asked");
+        const std::string asked = std::exchange(operators_asked_.front(), "");
+        operators_asked_.erase(operators_asked_.begin());
+        const auto answer = control::decode_answer(line);
+        // What is there cannot be added, and what is not cannot be removed.
+        if (!answer && !asked.starts_with("listen")) return fail(asked + ": " + answer.error().text());
+      }
+      if (!ended) continue;
+      operator_.reset();
+      operators_asked_.clear();
+      operators_reader_ = control::LineReader(control::kAnswerBytesMax);
+    }
+  }
+
   // ---- what happens
 
   void act() {
@@ -448,6 +503,11 @@ class ManagerWorld {
       if (one_in(6)) kill(client);
     } else if (what == 167) {
       if (one_in(4)) begin_end();
+    } else if (what == 168) {
+      ask_as_operator();
+    } else if (what == 169) {
+      // So what comes by the clock alone comes between other things, too.
+      if (threads_.run_until_idle(100)) (void)threads_.let_time_pass();
     }
   }
 
@@ -764,6 +824,7 @@ class ManagerWorld {
 
   // What is under way still; empty if nothing is.
   std::string unfinished() const {
+    if (!operators_asked_.empty()) return "an operator waits for an answer: " + operators_asked_.front();
     for (const auto& client : clients_) {
       if (!client->process.alive()) continue;
       const int pid = client->process.pid();
@@ -865,6 +926,9 @@ class ManagerWorld {
   YieldingCalls calls_;
   std::vector<std::unique_ptr<Client>> clients_;
   std::vector<std::unique_ptr<Client>> newcomers_;  // born in this turn
+  UniqueFd operator_;                               // its connection
+  std::vector<std::string> operators_asked_;
+  control::LineReader operators_reader_{control::kAnswerBytesMax};
   std::unique_ptr<Manager> manager_;
   Thread running_;
   bool ending_ = false;  // it has been told to

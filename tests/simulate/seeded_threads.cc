@@ -52,8 +52,10 @@ void SeededThreads::choose() {
   while (able.empty()) {
     // Everybody waits, the first one too, for somebody's end.
     const std::int64_t next = next_time();
-    CHECK(next != kNever);
-    now_ns_ = std::max(now_ns_, next);
+    if (next == kNever)
+      wake_all_who_sleep();
+    else
+      now_ns_ = std::max(now_ns_, next);
     able = who_can_run();
   }
   std::uint64_t weights = 0;
@@ -65,6 +67,17 @@ void SeededThreads::choose() {
   trace(running_);
   trace(static_cast<std::uint64_t>(now_ns_));
   able[chosen]->turn.notify_one();
+}
+
+void SeededThreads::wake_all_who_sleep() {
+  got_stuck_ = true;
+  bool anybody = false;
+  for (const auto& member : members_) {
+    if (member->state != State::condition) continue;
+    member->state = State::runnable;
+    anybody = true;
+  }
+  CHECK(anybody);
 }
 
 std::vector<SeededThreads::Member*> SeededThreads::who_can_run() {

@@ -38,6 +38,8 @@ class SeededThreads : public ThreadScheduler {
   bool let_time_pass();
   // How many others there are.
   std::size_t others() const;
+  // Whether all of them have waited for each other, as they must not. To come to an end, all were woken then.
+  bool got_stuck() const { return got_stuck_; }
   // Tells two runs apart: of all that was decided so far.
   std::uint64_t trace() const { return trace_; }
 
@@ -75,6 +77,7 @@ class SeededThreads : public ThreadScheduler {
   // Gives the turn to somebody.
   void choose();
   std::vector<Member*> who_can_run();
+  void wake_all_who_sleep();
   void fire_timers();
   // The next time that anybody waits for.
   std::int64_t next_time() const;
@@ -87,6 +90,7 @@ class SeededThreads : public ThreadScheduler {
   std::uint64_t trace_ = 0xcbf2'9ce4'8422'2325;
   std::vector<std::unique_ptr<Member>> members_;  // by number
   ThreadId running_ = 0;
+  bool got_stuck_ = false;
   int turns_left_ = 0;  // while the first waits for the others to be idle
   std::map<int, std::int64_t> timers_;
 };
