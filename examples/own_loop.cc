@@ -12,6 +12,8 @@
 
 using namespace uffdkit;
 
+namespace {
+
 // The pages wanted and not served yet, and those that read as zero since they were given back.
 struct State {
   std::set<Address> wanted;
@@ -47,7 +49,7 @@ void serve_until(const Uffd& uffd, const std::atomic<bool>& done) {
     if (!uffd.wait_readable(state.wanted.empty() ? 100 : 1)) return;
     // All that is there, before any page is served: the kernel gives faults before the events of ranges that
     // were given back earlier, and old bytes must not return there.
-    for (std::size_t count; (count = uffd.read(messages).messages) > 0;) {
+    while (const std::size_t count = uffd.read(messages).messages) {
       for (const abi::Msg& raw : std::span(messages).first(count)) {
         const Message message = decode(raw);
         if (const auto* fault = std::get_if<Fault>(&message)) state.wanted.insert(fault->address);
@@ -59,6 +61,8 @@ void serve_until(const Uffd& uffd, const std::atomic<bool>& done) {
     std::erase_if(state.wanted, [&](Address page) { return serve(uffd, page, state); });
   }
 }
+
+}  // namespace
 
 int main() {
   auto uffd =
@@ -77,7 +81,7 @@ int main() {
   int wrong = 0;
   for (std::size_t page = 0; page < kPages; ++page)
     wrong += memory[page * 4096] != static_cast<unsigned char>((start.value >> 12) + page);
-  ::madvise(mapped, 8 * 4096, MADV_DONTNEED);
+  ::madvise(mapped, std::size_t{8} * 4096, MADV_DONTNEED);
   for (std::size_t page = 0; page < 8; ++page) wrong += memory[page * 4096] != 0;
   done = true;
   handler.join();

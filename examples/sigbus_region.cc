@@ -13,7 +13,7 @@
 constexpr std::size_t kPage = 4096;
 constexpr std::size_t kPages = 1024;
 
-int fail(const std::string& what) {
+static int fail(const std::string& what) {
   std::fprintf(stderr, "%s\n", what.c_str());
   return 1;
 }
@@ -38,10 +38,11 @@ int main() {
   bool right[4] = {true, true, true, true};
   {
     std::vector<std::jthread> threads;
+    threads.reserve(4);
     for (std::size_t t = 0; t < 4; ++t)
       threads.emplace_back([&, t] {
         for (std::size_t page = t; page < kPages / 2; page += 4) {
-          std::uint32_t number;
+          std::uint32_t number = 0;
           std::memcpy(&number, region->data() + page * kPage + 40, sizeof number);
           right[t] = right[t] && number == page;
         }

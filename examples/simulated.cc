@@ -63,6 +63,7 @@ std::string run(std::uint64_t seed) {
   if (auto registered = uffd->register_range(range, kMissing); !registered) return registered.error().text();
 
   std::vector<sim::Thread*> threads;
+  threads.reserve(5);
   for (std::uint64_t i = 0; i < 5; ++i) threads.push_back(&process.spawn_thread());
   Handler handler(*uffd);
   for (std::uint64_t round = 0; round < 40; ++round) {

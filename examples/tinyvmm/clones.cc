@@ -46,7 +46,7 @@ Clone start_clone(const ResumeOptions& options, const SavedMachine& machine, uns
   Clone clone;
   int ends[2];
   if (pipe2(ends, O_CLOEXEC) != 0) {
-    clone.start_error = fmt::format("cannot make a pipe: {}", std::strerror(errno));
+    clone.start_error = fmt::format("cannot make a pipe: {}", reason(errno));
     return clone;
   }
   clone.pipe = Fd(ends[0]);
@@ -54,7 +54,7 @@ Clone start_clone(const ResumeOptions& options, const SavedMachine& machine, uns
   const pid_t parent = getpid();
   clone.pid = fork();
   if (clone.pid == 0) be_clone(options, machine, index, start, parent, clone_end);
-  if (clone.pid < 0) clone.start_error = fmt::format("cannot make a process: {}", std::strerror(errno));
+  if (clone.pid < 0) clone.start_error = fmt::format("cannot make a process: {}", reason(errno));
   return clone;
 }
 
@@ -110,7 +110,7 @@ CloneReport report_of(const Clone& clone, unsigned index) {
   } else if (clone.timed_out) {
     report.error = "did not finish in the time allowed; is its page fault server alive?";
   } else if (WIFSIGNALED(status)) {
-    report.error = fmt::format("killed by signal {} ({})", WTERMSIG(status), strsignal(WTERMSIG(status)));
+    report.error = fmt::format("killed by signal {} ({})", WTERMSIG(status), sigdescr_np(WTERMSIG(status)));
   } else {
     report.error = fmt::format("ended without a report, exit status {}", WEXITSTATUS(status));
   }

@@ -24,7 +24,7 @@ Result<Fd> open_userfaultfd() {
   const int device_error = device ? 0 : errno;
   if (device) {
     if (Fd faults(ioctl(device.get(), USERFAULTFD_IOC_NEW, kFlags)); faults) return faults;
-    return failure("{} gives no userfaultfd: {}", kDevice, std::strerror(errno));
+    return failure("{} gives no userfaultfd: {}", kDevice, reason(errno));
   }
   if (Fd faults(static_cast<int>(syscall(SYS_userfaultfd, kFlags))); faults) return faults;
   return failure(
@@ -35,7 +35,7 @@ Result<Fd> open_userfaultfd() {
       "  setfacl -m u:$USER:rw {0}         (Linux 6.1 or later)\n"
       "  sysctl vm.unprivileged_userfaultfd=1\n"
       "  running with CAP_SYS_PTRACE",
-      kDevice, std::strerror(device_error), std::strerror(errno));
+      kDevice, reason(device_error), reason(errno));
 }
 
 Result<void> enable(const Fd& faults) {
@@ -46,7 +46,7 @@ Result<void> enable(const Fd& faults) {
   api.features = UFFD_FEATURE_EVENT_REMOVE;
   if (ioctl(faults.get(), UFFDIO_API, &api) == 0) return {};
   return failure("this kernel's userfaultfd lacks EVENT_REMOVE ({}): Linux 4.11 or later is needed",
-                 std::strerror(errno));
+                 reason(errno));
 }
 
 Result<void> register_regions(const Fd& faults, const GuestMemory& memory) {
@@ -55,7 +55,7 @@ Result<void> register_regions(const Fd& faults, const GuestMemory& memory) {
     request.range = {.start = reinterpret_cast<std::uintptr_t>(region.host), .len = region.size};
     request.mode = UFFDIO_REGISTER_MODE_MISSING;
     if (ioctl(faults.get(), UFFDIO_REGISTER, &request) != 0) {
-      return failure("cannot register {} bytes of guest memory: {}", region.size, std::strerror(errno));
+      return failure("cannot register {} bytes of guest memory: {}", region.size, reason(errno));
     }
   }
   return {};
@@ -70,10 +70,10 @@ Result<Fd> connect_to(const std::filesystem::path& path) {
   }
   path.native().copy(address.sun_path, path.native().size());
   Fd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-  if (!socket) return failure("cannot make a socket: {}", std::strerror(errno));
+  if (!socket) return failure("cannot make a socket: {}", reason(errno));
   if (connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0) return socket;
   const int error = errno;
-  return failure("cannot connect to {}: {}{}", path.string(), std::strerror(error),
+  return failure("cannot connect to {}: {}{}", path.string(), reason(error),
                  error == ENOENT || error == ECONNREFUSED
                      ? fmt::format("\n  nobody serves there; start a server first:\n"
                                    "  uffdkit serve --firecracker {}=DIR/vm.mem",
@@ -110,7 +110,7 @@ Result<void> send_with_fd(const Fd& socket, std::string text, const Fd& passed) 
   std::memcpy(CMSG_DATA(header), &fd, sizeof fd);
 
   const ssize_t sent = sendmsg(socket.get(), &message, MSG_NOSIGNAL);
-  if (sent < 0) return failure("cannot send the handshake: {}", std::strerror(errno));
+  if (sent < 0) return failure("cannot send the handshake: {}", reason(errno));
   if (static_cast<std::size_t>(sent) != text.size()) {
     return failure("only {} of the handshake's {} bytes could be sent at once", sent, text.size());
   }

@@ -15,7 +15,7 @@ constexpr std::uint64_t kTaskStateAddress =
     0xfffbd000;  // three pages that KVM needs on some Intel processors
 
 std::unexpected<std::string> kvm_failure(const char* request) {
-  return failure("{} failed: {}", request, std::strerror(errno));
+  return failure("{} failed: {}", request, reason(errno));
 }
 
 class KvmGuest final : public Guest {
@@ -52,7 +52,7 @@ class KvmGuest final : public Guest {
 
 Result<void> KvmGuest::build(const GuestMemory& memory, const CpuState& cpu) {
   system_ = Fd(open(kDevice, O_RDWR | O_CLOEXEC));
-  if (!system_) return failure("cannot open {}: {}", kDevice, std::strerror(errno));
+  if (!system_) return failure("cannot open {}: {}", kDevice, reason(errno));
   if (ioctl(system_.get(), KVM_CHECK_EXTENSION, KVM_CAP_IMMEDIATE_EXIT) <= 0) {
     return failure("this kernel's KVM lacks KVM_CAP_IMMEDIATE_EXIT: Linux 4.13 or later is needed");
   }
@@ -152,7 +152,7 @@ Result<std::uint16_t> KvmGuest::run_until_out() {
     if (errno == EINTR) continue;
     const bool no_page = errno == EFAULT || errno == EHWPOISON;
     return stopped(
-        fmt::format("{}{}", std::strerror(errno), no_page ? "; a page of its memory could not be had" : ""));
+        fmt::format("{}{}", reason(errno), no_page ? "; a page of its memory could not be had" : ""));
   }
   switch (run_->exit_reason) {
     case KVM_EXIT_IO:
@@ -213,7 +213,7 @@ Result<bool> kvm_is_here() {
           "  or do without:   --no-kvm runs the guest as threads of this process",
           kDevice);
     default:
-      return failure("cannot open {}: {} (--no-kvm does without)", kDevice, std::strerror(errno));
+      return failure("cannot open {}: {} (--no-kvm does without)", kDevice, reason(errno));
   }
 }
 

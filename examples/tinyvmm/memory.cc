@@ -26,7 +26,7 @@ Result<GuestMemory> GuestMemory::map(std::uint64_t bytes, unsigned region_count,
     void* const start =
         mmap(nullptr, reserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED) {
-      return failure("cannot get {} bytes of address space: {}", reserved, std::strerror(errno));
+      return failure("cannot get {} bytes of address space: {}", reserved, reason(errno));
     }
     memory.reservations_.push_back({start, reserved});
     std::byte* const gap = static_cast<std::byte*>(start) + 1;
@@ -41,7 +41,7 @@ Result<GuestMemory> GuestMemory::map(std::uint64_t bytes, unsigned region_count,
             "  sysctl vm.nr_hugepages={}   (times the number of clones)",
             bytes >> 20, bytes / kHugePageBytes);
       }
-      return failure("cannot map {} bytes of guest memory: {}", size, std::strerror(errno));
+      return failure("cannot map {} bytes of guest memory: {}", size, reason(errno));
     }
     memory.regions_.push_back({host, size, offset});
   }
@@ -69,8 +69,7 @@ Result<void> GuestMemory::discard(GuestAddress first, std::uint64_t bytes) const
     const std::uint64_t to = std::min(first + bytes, region.offset + region.size);
     if (from >= to) continue;
     if (madvise(region.host + (from - region.offset), to - from, MADV_DONTNEED) != 0) {
-      return failure("cannot give back {} bytes at guest address {:#x}: {}", to - from, from,
-                     std::strerror(errno));
+      return failure("cannot give back {} bytes at guest address {:#x}: {}", to - from, from, reason(errno));
     }
   }
   return {};

@@ -4,9 +4,9 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
-#include <cstring>
 #include <expected>
 #include <string>
+#include <system_error>
 #include <utility>
 
 namespace tinyvmm {
@@ -17,6 +17,11 @@ using Result = std::expected<T, std::string>;
 template <class... Args>
 std::unexpected<std::string> failure(fmt::format_string<Args...> text, Args&&... args) {
   return std::unexpected(fmt::format(text, std::forward<Args>(args)...));
+}
+
+// What an errno means, in words.
+inline std::string reason(int error) {
+  return std::generic_category().message(error);
 }
 
 /// A file descriptor, closed when its owner goes.

@@ -40,7 +40,7 @@ std::uint64_t hash_of(const StateFile& state) {
 }
 
 std::unexpected<std::string> file_failure(const char* what, const fs::path& path) {
-  return failure("cannot {} {}: {}", what, path.string(), std::strerror(errno));
+  return failure("cannot {} {}: {}", what, path.string(), reason(errno));
 }
 
 Result<void> write_all(const Fd& file, const fs::path& path, std::span<const std::byte> bytes,
@@ -145,7 +145,7 @@ Result<SavedMachine> load_state(const fs::path& directory) {
   const Fd file(open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (!file) {
     const int error = errno;
-    return failure("cannot open {}: {}{}", path.string(), std::strerror(error),
+    return failure("cannot open {}: {}{}", path.string(), reason(error),
                    error == ENOENT
                        ? fmt::format("\n  make a snapshot first:  tinyvmm snapshot --memory 256M --out {}",
                                      directory.string())

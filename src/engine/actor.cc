@@ -41,7 +41,7 @@ Actor::Actor(SessionId id, SessionId parent, Uffd uffd, SessionState state,
       listener_(listener),
       threads_(threads),
       process_(std::move(process)),
-      session_(std::move(uffd), std::move(state), std::move(lanes), options, *this) {
+      session_(std::move(uffd), std::move(state), std::move(lanes), std::move(options), *this) {
   update_shape();
 }
 

@@ -528,15 +528,18 @@ void Engine::Shared::command(SessionId session, std::function<Result<T>(Session&
                              std::function<void(Result<T>)> done) {
   const std::shared_ptr<Actor> actor = find(session);
   const std::int64_t give_up_ns = threads_.now_ns() + kCommandRetriesNs;
-  const bool posted = actor && actor->post([=, this, runner = actor.get()](Session& served) {
-    Result<T> result = served.end() ? Failure(no_such_session(session)) : run(served);
-    if (!result && result.error().os_error() == EAGAIN && threads_.now_ns() < give_up_ns) return false;
-    // Whoever is told looks at the status next.
-    runner->update_shape();
-    done(std::move(result));
-    return true;
-  });
-  if (!posted) return done(Failure(no_such_session(session)));
+  // Told here if there is nobody to run it.
+  const auto tell = std::make_shared<const std::function<void(Result<T>)>>(std::move(done));
+  const bool posted =
+      actor && actor->post([=, this, runner = actor.get(), run = std::move(run)](Session& served) {
+        Result<T> result = served.end() ? Failure(no_such_session(session)) : run(served);
+        if (!result && result.error().os_error() == EAGAIN && threads_.now_ns() < give_up_ns) return false;
+        // Whoever is told looks at the status next.
+        runner->update_shape();
+        (*tell)(std::move(result));
+        return true;
+      });
+  if (!posted) return (*tell)(Failure(no_such_session(session)));
   schedule(session);
 }
 
@@ -547,6 +550,7 @@ std::vector<SessionStatus> Engine::Shared::statuses() {
     for (const auto& [id, actor] : sessions_) actors.push_back(actor);
   }
   std::vector<SessionStatus> statuses;
+  statuses.reserve(actors.size());
   for (const auto& actor : actors) statuses.push_back(actor->status());
   std::sort(statuses.begin(), statuses.end(), [](const auto& a, const auto& b) { return a.id < b.id; });
   return statuses;

@@ -59,7 +59,7 @@ using namespace session;
 
 Session::Session(Uffd uffd, SessionState state, std::vector<std::shared_ptr<StoreLane>> lanes,
                  SessionOptions options, SessionHost& host)
-    : uffd_(std::move(uffd)), state_(std::move(state)), options_(options), host_(host) {
+    : uffd_(std::move(uffd)), state_(std::move(state)), options_(std::move(options)), host_(host) {
   CHECK(lanes.size() == state_.regions().size());
   for (std::shared_ptr<StoreLane>& lane : lanes)
     serving_.push_back(lane ? RegionServing{.lane = std::move(lane), .serial = ++last_serial_}

@@ -279,7 +279,7 @@ std::uint32_t checksum_of(std::span<const std::byte> bytes) {
 }
 
 std::uint32_t checksum_of_zeros(std::uint32_t bytes) {
-  static constinit std::array<std::byte, 64 * 1024>
+  static constinit std::array<std::byte, std::size_t{64} * 1024>
       zeros{};  // not constant: the program's file would hold it
   const auto compute = [](std::uint32_t left) {
     const std::unique_ptr<XXH64_state_t, decltype(&XXH64_freeState)> state(XXH64_createState(),

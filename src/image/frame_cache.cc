@@ -85,7 +85,7 @@ Result<FrameCache::FrameRef> FrameCache::get(FrameSource& source, std::size_t fr
   Shard& shard = shard_of(key);
   std::unique_lock lock(shard.mutex);
   for (auto found = shard.frames.find(key); found != shard.frames.end(); found = shard.frames.find(key)) {
-    const std::shared_ptr<Frame> entry = *found->second;
+    std::shared_ptr<Frame> entry = *found->second;
     if (entry->state == Frame::State::ready) {
       ++shard.statistics.hits;
       shard.order.splice(shard.order.begin(), shard.order, found->second);
@@ -93,7 +93,7 @@ Result<FrameCache::FrameRef> FrameCache::get(FrameSource& source, std::size_t fr
     }
     if (wait == Wait::no) return FrameRef();
     shard.changed.wait(lock, [&] { return entry->state != Frame::State::loading; });
-    if (entry->state == Frame::State::failed) return Failure(*entry->error);
+    if (entry->state == Frame::State::failed && entry->error) return Failure(*entry->error);
     if (entry->state == Frame::State::ready) {
       ++shard.statistics.joined;
       return entry;

@@ -17,7 +17,7 @@
 
 namespace uffdkit::image {
 
-inline constexpr std::size_t kIdentityBlockBytes = 64 * 1024;
+inline constexpr std::size_t kIdentityBlockBytes = std::size_t{64} * 1024;
 
 using BlockHash = std::array<std::byte, 16>;
 BlockHash hash_block(std::span<const std::byte> block);

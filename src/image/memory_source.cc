@@ -99,14 +99,16 @@ class RunsSource final : public StoreSource {
       : StoreSource(std::move(store), raw_bytes), runs_(std::move(runs)) {}
 
   Result<std::optional<Chunk>> next() override {
-    Result<std::optional<Chunk>> chunk = StoreSource::next();
-    if (!chunk || !*chunk) return chunk;
-    for (std::size_t at = 0; at < (*chunk)->bytes; at += kPageBytes) {
+    Result<std::optional<Chunk>> next = StoreSource::next();
+    if (!next) return next;
+    std::optional<Chunk>& chunk = *next;
+    if (!chunk) return next;
+    for (std::size_t at = 0; at < chunk->bytes; at += kPageBytes) {
       for (; left_ == 0; ++run_) left_ = runs_[run_].pages;
       --left_;
-      (*chunk)->parents.push_back(runs_[run_ - 1].kind == PageKind::parent);
+      chunk->parents.push_back(runs_[run_ - 1].kind == PageKind::parent);
     }
-    return chunk;
+    return next;
   }
 
  private:

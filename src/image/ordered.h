@@ -72,6 +72,7 @@ Result<void> in_order(unsigned threads, Next next, Work work, Take take) {
   Result<void> outcome;
   {
     std::vector<std::jthread> running;
+    running.reserve(threads);
     for (unsigned i = 0; i < threads; ++i) running.emplace_back(run);
     for (std::uint64_t number = 0;; ++number) {
       std::unique_lock lock(mutex);
@@ -80,9 +81,13 @@ Result<void> in_order(unsigned threads, Next next, Work work, Take take) {
       --under_way;
       changed.notify_all();
       lock.unlock();
-      if (!result) outcome = Failure(std::move(result).error());
-      if (!result || !*result) break;
-      outcome = take(std::move(**result));
+      if (!result) {
+        outcome = Failure(std::move(result).error());
+        break;
+      }
+      std::optional<Done>& one = *result;
+      if (!one) break;
+      outcome = take(*std::move(one));
       if (!outcome) break;
     }
     const std::lock_guard lock(mutex);

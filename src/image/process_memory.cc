@@ -74,7 +74,7 @@ class Scanner {
               .with_remedy("turn swap off, or unregister the memory first"));
     // What is not in memory may be marked as unreadable, which only reading shows.
     for (Address page = found.range.start; page < found.range.end(); page = page + ByteCount(kPageBytes)) {
-      std::byte byte;
+      std::byte byte{};
       if (::pread(memory_, &byte, 1, static_cast<off_t>(page.value)) != 1) {
         unreadable_ = true;
         continue;

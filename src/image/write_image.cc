@@ -222,7 +222,7 @@ Result<Written> write_image(MemorySource& source, const std::string& path,
   const auto work = [&](Chunk chunk) -> Result<Compressed> {
     if (!chunk.zero)
       if (auto filled = source.fill(chunk); !filled) return Failure(std::move(filled).error());
-    thread_local std::unique_ptr<Compressor> compressor;
+    static thread_local std::unique_ptr<Compressor> compressor;
     if (!compressor) compressor = std::make_unique<Compressor>(options, record.is_diff);
     return compressor->compress(chunk);
   };

@@ -23,9 +23,9 @@ namespace {
 class Sample {
  public:
   explicit Sample(std::string lacking) : lacking_(std::move(lacking)) {}
-  Sample(std::size_t bytes, int protection, int map_flags, int fd) : bytes_(bytes) {
-    data_ = mmap(nullptr, bytes, protection, map_flags, fd, 0);
-    if (data_ == MAP_FAILED) lacking_ = fmt::format("mmap: {}", std::strerror(errno));
+  Sample(std::size_t bytes, int protection, int map_flags, int fd)
+      : data_(mmap(nullptr, bytes, protection, map_flags, fd, 0)), bytes_(bytes) {
+    if (data_ == MAP_FAILED) lacking_ = Error::from_errno("mmap", errno).text();
   }
   Sample(Sample&& other) noexcept
       : data_(std::exchange(other.data_, MAP_FAILED)),
@@ -70,7 +70,7 @@ Sample anonymous() {
 Sample memory_file(std::size_t bytes, unsigned memfd_flags, int map_flags) {
   const UniqueFd file(memfd_create("uffdkit-probe", MFD_CLOEXEC | memfd_flags));
   if (!file || ftruncate(file.get(), static_cast<off_t>(bytes)) != 0)
-    return Sample(fmt::format("memfd_create: {}", std::strerror(errno)));
+    return Sample(Error::from_errno("memfd_create", errno).text());
   return Sample(bytes, kReadWrite, map_flags, file.get());
 }
 
@@ -91,7 +91,7 @@ Sample file_private() {
   const UniqueFd file(open("/proc/self/exe", O_RDONLY | O_CLOEXEC));
   struct statfs fs;
   if (!file || fstatfs(file.get(), &fs) != 0)
-    return Sample(fmt::format("open /proc/self/exe: {}", std::strerror(errno)));
+    return Sample(Error::from_errno("open /proc/self/exe", errno).text());
   if (fs.f_type == kTmpfsMagic) return Sample("this program lies on tmpfs, which is shmem");
   return Sample(page_bytes(), kReadWrite, MAP_PRIVATE, file.get());
 }
@@ -100,7 +100,7 @@ Sample secret() {
 #ifdef SYS_memfd_secret
   const UniqueFd file(static_cast<int>(syscall(SYS_memfd_secret, O_CLOEXEC)));
   if (!file || ftruncate(file.get(), static_cast<off_t>(page_bytes())) != 0)
-    return Sample(fmt::format("memfd_secret: {} (Linux 5.14, secretmem.enable=1)", std::strerror(errno)));
+    return Sample(Error::from_errno("memfd_secret", errno).text() + " (Linux 5.14, secretmem.enable=1)");
   return Sample(page_bytes(), kReadWrite, MAP_SHARED, file.get());
 #else
   return Sample("this program was built without memfd_secret");

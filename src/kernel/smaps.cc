@@ -34,9 +34,8 @@ std::string_view take_word(std::string_view& text) {
 template <class Number>
 std::optional<Number> number(std::string_view digits, int base) {
   Number value{};
-  const char* end = digits.data() + digits.size();
-  const auto [stopped, failed] = std::from_chars(digits.data(), end, value, base);
-  if (failed != std::errc() || stopped != end) return std::nullopt;
+  const auto [stopped, failed] = std::from_chars(digits.data(), digits.data() + digits.size(), value, base);
+  if (failed != std::errc() || stopped != digits.data() + digits.size()) return std::nullopt;
   return value;
 }
 

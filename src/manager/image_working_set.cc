@@ -59,11 +59,11 @@ Result<std::shared_ptr<ImageWorkingSet>> ImageWorkingSet::open(int file, const i
   if (auto known = own->identify(*image.store); !known)
     set = Failure(std::move(known).error());
   else
-    set = own->read();
+    set = own->read(*known);
   if (!set) {
     own->problem_ = std::move(set).error();
-  } else if (*set) {
-    own->use(**set);
+  } else if (const std::optional<image::WorkingSet>& recorded = *set; recorded) {
+    own->use(*recorded);
   }
   return own;
 }
@@ -72,12 +72,11 @@ ImageWorkingSet::ImageWorkingSet(std::string path, std::optional<image::Identity
                                  std::uint64_t memory_pages, std::uint64_t block_pages)
     : path_(std::move(path)), identity_(identity), memory_pages_(memory_pages), block_pages_(block_pages) {}
 
-Result<void> ImageWorkingSet::identify(Store& store) {
-  if (identity_) return {};
-  const Result<image::Identity> identity = image::identity_of(store);
-  if (!identity) return Failure(identity.error());
-  identity_ = *identity;
-  return {};
+Result<image::Identity> ImageWorkingSet::identify(Store& store) {
+  if (identity_) return *identity_;
+  Result<image::Identity> identity = image::identity_of(store);
+  if (identity) identity_ = *identity;
+  return identity;
 }
 
 std::shared_ptr<const PrefetchOrder> ImageWorkingSet::order() const {
@@ -97,26 +96,29 @@ void ImageWorkingSet::use(const image::WorkingSet& set) {
   order_ = std::move(order);
 }
 
-Result<std::optional<image::WorkingSet>> ImageWorkingSet::read() const {
+Result<std::optional<image::WorkingSet>> ImageWorkingSet::read(const image::Identity& identity) const {
   Result<std::optional<image::WorkingSet>> set = image::read_working_set(path_);
-  if (!set || !*set) return set;
-  if (auto own = image::check_recorded_of(**set, *identity_, memory_pages_, path_); !own)
+  if (!set) return set;
+  const std::optional<image::WorkingSet>& recorded = *set;
+  if (!recorded) return set;
+  if (auto own = image::check_recorded_of(*recorded, identity, memory_pages_, path_); !own)
     return Failure(std::move(own).error());
   return set;
 }
 
 Result<void> ImageWorkingSet::add_recording(Store& store, std::span<const std::uint32_t> pages) {
   const std::lock_guard lock(file_mutex_);
-  if (auto known = identify(store); !known) return known;
-  image::WorkingSet recording{.identity = *identity_,
+  const Result<image::Identity> identity = identify(store);
+  if (!identity) return Failure(identity.error());
+  image::WorkingSet recording{.identity = *identity,
                               .memory_pages = memory_pages_,
                               .recordings = 1,
                               .pages = {pages.begin(), pages.end()},
                               .runs = {}};
   // One that is damaged, or another image's, is of no more use.
-  Result<std::optional<image::WorkingSet>> known = read();
-  image::WorkingSet set = known && *known ? std::move(**known) : recording;
-  if (known && *known) image::merge(set, recording);
+  std::optional<image::WorkingSet> known = read(*identity).value_or(std::nullopt);
+  if (known) image::merge(*known, recording);
+  const image::WorkingSet set = known ? *std::move(known) : std::move(recording);
   const Result<std::vector<std::byte>> bytes = image::encode(set);
   if (!bytes) return Failure(bytes.error());
   Result<image::OutputFile> file = image::OutputFile::create(path_, /*replace=*/true);
@@ -130,12 +132,12 @@ Result<void> ImageWorkingSet::add_recording(Store& store, std::span<const std::u
 void ImageWorkingSet::add_run(const image::WorkingSetRun& run) {
   const std::lock_guard lock(file_mutex_);
   if (!identity_) return;
-  Result<std::optional<image::WorkingSet>> set = read();
-  if (!set || !*set) return;
+  std::optional<image::WorkingSet> set = read(*identity_).value_or(std::nullopt);
+  if (!set) return;
   UniqueFd file(::open(path_.c_str(), O_WRONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK));
   if (!file) return;
-  image::add_run((*set)->runs, run);
-  const std::vector<std::byte> bytes = image::encode_runs((*set)->runs);
+  image::add_run(set->runs, run);
+  const std::vector<std::byte> bytes = image::encode_runs(set->runs);
   // Cut off in the middle, the runs are forgotten, and nothing else is.
   (void)::pwrite(file.get(), bytes.data(), bytes.size(), static_cast<off_t>(image::kRunsAt));
 }

@@ -45,9 +45,9 @@ class ImageWorkingSet {
  private:
   ImageWorkingSet(std::string path, std::optional<image::Identity> identity, std::uint64_t memory_pages,
                   std::uint64_t block_pages);
-  Result<void> identify(Store& store);
+  Result<image::Identity> identify(Store& store);
   // The file, if there is one of this image, whose identity is known.
-  Result<std::optional<image::WorkingSet>> read() const;
+  Result<std::optional<image::WorkingSet>> read(const image::Identity& identity) const;
   void use(const image::WorkingSet& set);
 
   const std::string path_;

@@ -28,6 +28,8 @@
 #include "base/clock.h"
 #include "base/step.h"
 
+// NOLINTBEGIN(concurrency-mt-unsafe): a keeper has one thread, and so has a worker that it has just made.
+
 namespace uffdkit {
 namespace {
 
@@ -281,6 +283,7 @@ void Keeper::replace_program() {
   worker_died();
   std::vector<std::string> words = command_line();
   std::vector<char*> argv;
+  argv.reserve(words.size() + 1);
   for (std::string& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);
   ::setenv(kRecordsVariable, std::to_string(records_->fd()).c_str(), 1);
@@ -347,3 +350,5 @@ int Keeper::run(const Work& work, const Notify& notify) {
 }
 
 }  // namespace uffdkit
+
+// NOLINTEND(concurrency-mt-unsafe)

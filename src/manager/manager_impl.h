@@ -51,8 +51,8 @@ void add_counters(nlohmann::json& total, const nlohmann::json& more);
 class Manager::Impl final : public ConnectionService, public EngineListener {
  public:
   // `connections`: of a worker of before, that may have sent a handshake.
-  Impl(const ManagerOptions& options, std::vector<UniqueFd> connections)
-      : options_(options), inherited_connections_(std::move(connections)) {}
+  Impl(ManagerOptions options, std::vector<UniqueFd> connections)
+      : options_(std::move(options)), inherited_connections_(std::move(connections)) {}
   Result<void> start();
   Result<void> take_up();
 
@@ -185,7 +185,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   Result<void> check_image(const Peer& peer, const std::string& image) const;
   // And of another's, once its image is open.
   Result<AttachedSession> take_up(UniqueFd uffd, UniqueFd process, SessionState state, uid_t uid, pid_t pid,
-                                  std::shared_ptr<StoreLane> image, Connection* connection);
+                                  const std::shared_ptr<StoreLane>& image, Connection* connection);
   // What of a manager's of before is used again.
   struct Inherited {
     std::map<std::size_t, Result<std::shared_ptr<StoreLane>>> images;

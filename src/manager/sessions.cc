@@ -114,6 +114,7 @@ Result<AttachedSession> Manager::Impl::attach(NewSession session, std::shared_pt
   if (!state) return Failure(std::move(state).error());
   const std::optional<FileIdentity> state_file = identity_of(state->fd());
   std::vector<RegionSpec> regions;
+  regions.reserve(session.request.regions.size());
   for (const RequestedRegion& region : session.request.regions)
     regions.push_back({.memory = region.memory,
                        .offset = region.offset,
@@ -252,7 +253,7 @@ std::optional<Result<AttachedSession>> Manager::Impl::resume_own(int state_file,
 }
 
 Result<AttachedSession> Manager::Impl::take_up(UniqueFd uffd_fd, UniqueFd process, SessionState state,
-                                               uid_t uid, pid_t pid, std::shared_ptr<StoreLane> image,
+                                               uid_t uid, pid_t pid, const std::shared_ptr<StoreLane>& image,
                                                Connection* connection) {
   Result<Uffd> uffd = receive(std::move(uffd_fd));
   if (!uffd) return Failure(Error(uffd.error().text(), EBADF));

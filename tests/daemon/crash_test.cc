@@ -17,12 +17,15 @@
 #include "daemon/fixture.h"
 #include "support/paths.h"
 #include "support/program.h"
+#include "support/sanitizers.h"
 #include "support/turmoil.h"
 
 namespace uffdkit::test {
 namespace {
 
 constexpr std::size_t kPages = 1024;
+// So much longer a worker lives before it is killed: a sanitized one needs that to come as far.
+constexpr unsigned kSlowness = kSanitized ? 8 : 1;
 
 class Crash : public ManagerTest {
  protected:
@@ -50,7 +53,7 @@ class Crash : public ManagerTest {
                      .seed = random_()});
     }
   }
-  void pause(unsigned most_ms) { usleep(static_cast<useconds_t>(random_() % (1000 * most_ms))); }
+  void pause(unsigned most_ms) { usleep(static_cast<useconds_t>(random_() % (1000 * most_ms * kSlowness))); }
   // Kills at random instants, under so many clients.
   void kill_workers(std::size_t clients, int kills, unsigned most_ms) {
     const ManagerProcess manager(directory_, arguments());
