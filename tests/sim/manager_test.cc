@@ -1,7 +1,7 @@
 // The manager, unchanged, serves simulated clients: the userfaultfds are the model's (real_descriptors.h),
 // all else is real, sockets, threads and the processes that connect. Threads of the machine are moved by the
 // test's own thread, those of the manager by the kernel's scheduler: so a seed says what clients do, but not
-// in which order it meets what the manager does. For runs that a seed repeats see tests/simulate.
+// in which order it meets what the manager does. For runs that a seed repeats see manager_seeds_test.cc.
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
