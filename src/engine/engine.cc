@@ -455,6 +455,7 @@ Result<SessionId> Engine::Shared::attach(Attachment attachment) {
         refused = added.error();
     }
     if (attachment.record) session.record(attachment.record, attachment.lane);
+    if (attachment.record && taken_up) session.record_what_is_there();
     if (attachment.prefetch) session.prefetch(attachment.prefetch, attachment.lane, id);
     if (taken_up) session.wake_all();
     return true;

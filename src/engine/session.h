@@ -239,6 +239,9 @@ class Session {
     notes_wanted_ = true;
     streams_.reset();
   }
+  // Notes those, too, that another manager has brought, which recorded: what is there was asked for, in an
+  // order that nobody knows any more.
+  void record_what_is_there();
   // Brings these pages of that image as soon as no fault has to be served. `seed` says which few are left
   // out, to see whether they are asked for.
   void prefetch(std::shared_ptr<const PrefetchOrder> order, std::shared_ptr<StoreLane> lane,

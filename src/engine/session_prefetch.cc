@@ -71,6 +71,20 @@ void Session::prefetch(std::shared_ptr<const PrefetchOrder> order, std::shared_p
   streams_.reset();
 }
 
+void Session::record_what_is_there() {
+  for (RegionId id = 0; id < serving_.size(); ++id) {
+    const RegionRecord& region = state_.regions()[id];
+    const PageTable& table = state_.table(id);
+    // More than is ever noted would take long to look at, while the client waits.
+    if (serving_[id].lane != record_.lane || table.granules().value > AccessRecord::kPagesMax) continue;
+    const PageCount before = kPage4K.pages(ByteCount(region.offset.value));
+    const PageIndex end(table.granules().value);
+    for (PageIndex at = table.end_of_run(PageIndex(0), end, PageState::absent); at < end;
+         at = table.end_of_run(at + kOneGranule, end, PageState::absent))
+      if (table.get(at) == PageState::installed) record_.pages->wanted(at + before);
+  }
+}
+
 Session::Prefetching& Session::prefetching() {
   if (prefetching_ == nullptr) {
     prefetching_ = std::make_unique<Prefetching>();

@@ -270,19 +270,21 @@ Result<AttachedSession> Manager::Impl::take_up(UniqueFd uffd_fd, UniqueFd proces
                            ESTALE));
   const std::string name = state.image();
   const std::optional<FileIdentity> state_file = identity_of(state.fd());
-  return serve({.uffd = std::move(*uffd),
-                .state = std::move(state),
-                .regions = {},
-                .lane = image,
-                .process = std::move(process)},
-               {.kind = SessionKind::native,
-                .keeps_descriptor = true,
-                .pid = pid,
-                .uid = uid,
-                .image = name,
-                .lane = image,
-                .state_file = state_file,
-                .connection = connection});
+  Attachment attachment{.uffd = std::move(*uffd),
+                        .state = std::move(state),
+                        .regions = {},
+                        .lane = image,
+                        .process = std::move(process)};
+  SessionInfo info{.kind = SessionKind::native,
+                   .keeps_descriptor = true,
+                   .pid = pid,
+                   .uid = uid,
+                   .image = name,
+                   .lane = image,
+                   .state_file = state_file,
+                   .connection = connection};
+  use_working_set(attachment, info);
+  return serve(std::move(attachment), info);
 }
 
 // ---- what workers say -------------------------------------------------------------------------------------

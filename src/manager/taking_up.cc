@@ -80,7 +80,7 @@ Result<void> Manager::Impl::take_up(const Records::Session& session, Inherited& 
   if (!uffd) return Failure(std::move(uffd).error());
   std::optional<UniqueFd> process;
   if (session.process >= 0) process.emplace(session.process);
-  const SessionInfo info{.kind = session.kind,
+  SessionInfo info{.kind = session.kind,
                          .keeps_descriptor = session.kind == SessionKind::native,
                          .pid = session.pid,
                          .uid = session.uid,
@@ -88,21 +88,21 @@ Result<void> Manager::Impl::take_up(const Records::Session& session, Inherited& 
                          .lane = *lane,
                          .state_file = identity_of(state->fd()),
                          .connection = nullptr};
+  Attachment attachment{.uffd = std::move(*uffd),
+                        .state = std::move(*state),
+                        .regions = {},
+                        .lane = *lane,
+                        .process = std::move(process),
+                        .id = session.id,
+                        .parent = session.parent,
+                        .shared = memory,
+                        .begins = nullptr,
+                        .may_adopt = [&](int fd) { return is_userfaultfd(fd) && !records.has_uffd(fd); }};
+  if (session.kind != SessionKind::fork) use_working_set(attachment, info);
   // Before it is run, which may end it at once.
   records.taken_up(session, *lane, memory);
   sessions_.emplace(session.id, info);
-  Result<SessionId> id = engine_->attach({
-      .uffd = std::move(*uffd),
-      .state = std::move(*state),
-      .regions = {},
-      .lane = *lane,
-      .process = std::move(process),
-      .id = session.id,
-      .parent = session.parent,
-      .shared = std::move(memory),
-      .begins = nullptr,
-      .may_adopt = [&](int fd) { return is_userfaultfd(fd) && !records.has_uffd(fd); },
-  });
+  Result<SessionId> id = engine_->attach(std::move(attachment));
   if (!id) {
     sessions_.erase(session.id);
     records.remove(session.id);

@@ -1,5 +1,6 @@
 // Working sets: what a manager records beside an image, and what the next one brings of it.
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -131,6 +132,54 @@ TEST_F(WorkingSets, WhatCameOfARunIsShown) {
   EXPECT_EQ(run.at("left_out_used"), run.at("left_out"));
   EXPECT_GE(run.at("missed"), 1);
   EXPECT_LT(run.at("coverage"), 1.0);
+}
+
+TEST_F(WorkingSets, ARecordingGoesOnUnderTheNextWorker) {
+  ManagerProcess manager(directory_, {"--firecracker", socket_ + "=" + image_.path(), "--record"});
+  {
+    Child process =
+        client(image_, whole(image_), socket_, [](const ClientMemory& memory, const Channel& channel) {
+          for (const std::size_t page : {900u, 3u}) memory.check(page);
+          channel.send(1);
+          channel.receive();
+          for (const std::size_t page : {4u, 77u}) memory.check(page);
+        });
+    process.channel().receive();
+    ::kill(manager.worker_pid(), SIGKILL);
+    process.channel().send(1);
+    EXPECT_EQ(process.wait(), 0) << manager.log();
+  }
+  EXPECT_EQ(manager.stop(), 0);
+  EXPECT_EQ(info(image_.path()).at("pages"), 4) << manager.log();
+}
+
+TEST_F(WorkingSets, ASessionThatIsTakenUpIsBroughtWhatWasRecorded) {
+  std::vector<std::size_t> pages;
+  for (std::size_t page = 0; page < 800; page += 2) pages.push_back(page);
+  record(image_.path(), pages);
+  const std::string aside = directory_ / "aside";
+  std::filesystem::rename(file(), aside);
+  ManagerProcess manager(directory_, {"--firecracker", socket_ + "=" + image_.path()});
+  Child process =
+      client(image_, whole(image_), socket_, [](const ClientMemory& memory, const Channel& channel) {
+        memory.check(900);
+        channel.send(1);
+        channel.receive();
+        memory.check_all(2, 1);
+      });
+  process.channel().receive();
+  // From now on there is one, which the next worker finds.
+  std::filesystem::rename(aside, file());
+  ::kill(manager.worker_pid(), SIGKILL);
+  const auto brought = [&] {
+    const nlohmann::json sessions = manager.status().at("sessions");
+    return !sessions.empty() && sessions[0].contains("prefetch") &&
+           sessions[0].at("prefetch").at("pages").get<std::uint64_t>() >= 350;
+  };
+  EXPECT_TRUE(eventually(brought)) << manager.status().dump(2);
+  process.channel().send(1);
+  EXPECT_EQ(process.wait(), 0) << manager.log();
+  EXPECT_EQ(manager.stop(), 0);
 }
 
 TEST_F(WorkingSets, NothingIsBroughtWhereTheOptionSaysSo) {
