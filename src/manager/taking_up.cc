@@ -81,13 +81,13 @@ Result<void> Manager::Impl::take_up(const Records::Session& session, Inherited& 
   std::optional<UniqueFd> process;
   if (session.process >= 0) process.emplace(session.process);
   SessionInfo info{.kind = session.kind,
-                         .keeps_descriptor = session.kind == SessionKind::native,
-                         .pid = session.pid,
-                         .uid = session.uid,
-                         .image = state->image(),
-                         .lane = *lane,
-                         .state_file = identity_of(state->fd()),
-                         .connection = nullptr};
+                   .keeps_descriptor = session.kind == SessionKind::native,
+                   .pid = session.pid,
+                   .uid = session.uid,
+                   .image = state->image(),
+                   .lane = *lane,
+                   .state_file = identity_of(state->fd()),
+                   .connection = nullptr};
   Attachment attachment{.uffd = std::move(*uffd),
                         .state = std::move(*state),
                         .regions = {},
