@@ -27,6 +27,7 @@ TEST(SimManagerSeeds, EveryByteIsRightAndNothingIsLeftUnder40Seeds) {
                                                  {"munmap", 0},
                                                  {"adds", 0},
                                                  {"drops", 0},
+                                                 {"a stranger", 0},
                                                  {"asks: drain", 0},
                                                  {"asks: status", 0},
                                                  {"asks: listen", 0},

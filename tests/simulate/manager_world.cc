@@ -44,8 +44,8 @@ constexpr std::size_t kClients = 5;
 constexpr std::size_t kClientsMax = 9;  // with children of fork
 constexpr int kThreads = 3;
 constexpr int kSteps = 1500;
-// Nothing that is on its way takes longer: commands are tried for 2 s.
-constexpr std::int64_t kPatienceNs = 4'000'000'000;
+// Nothing that is on its way takes longer: a stranger is shown out after 5 s.
+constexpr std::int64_t kPatienceNs = 6'000'000'000;
 // Completing a client's memory, and noticing the end of a process that nobody knows.
 constexpr std::int64_t kEndNs = 60'000'000'000;
 // Where clients move memory to: each time to a place of its own.
@@ -396,6 +396,7 @@ class ManagerWorld {
 
   void hear_all() {
     hear_operator();
+    hear_strangers();
     for (const auto& client : clients_) hear(*client);
   }
 
@@ -431,6 +432,26 @@ class ManagerWorld {
     client.detaching = false;
     if (client.stage == Stage::complete) return;
     client.stage = client.speaks == Speaks::firecracker && !not_arrived ? Stage::served : Stage::outside;
+  }
+
+  // ---- who wants nothing that it could have
+
+  // Connects, and says nothing, half of something, or what nobody understands.
+  void add_stranger() {
+    if (ending_) return;
+    constexpr std::array kWords = {"", "[{", "uffk", "uffkuffkuffkuffk"};
+    const std::string word = kWords[draw(kWords.size())];
+    note(fmt::format("a stranger connects, and says '{}'", word));
+    strangers_.push_back(test::connect_to(directory_ / (one_in(2) ? "native" : "firecracker")));
+    if (!word.empty()) test::send_with_fds(strangers_.back().get(), word, {});
+  }
+
+  void hear_strangers() {
+    std::array<std::byte, 4096> buffer;
+    std::erase_if(strangers_, [&](const UniqueFd& stranger) {
+      const Result<Piece> piece = receive_some(stranger.get(), buffer);
+      return !piece || piece->end;
+    });
   }
 
   // ---- who runs the manager
@@ -505,6 +526,8 @@ class ManagerWorld {
       if (one_in(4)) begin_end();
     } else if (what == 168) {
       ask_as_operator();
+    } else if (what == 170) {
+      add_stranger();
     } else if (what == 169) {
       // So what comes by the clock alone comes between other things, too.
       if (threads_.run_until_idle(100)) (void)threads_.let_time_pass();
@@ -825,6 +848,7 @@ class ManagerWorld {
   // What is under way still; empty if nothing is.
   std::string unfinished() const {
     if (!operators_asked_.empty()) return "an operator waits for an answer: " + operators_asked_.front();
+    if (!strangers_.empty()) return "a stranger is not shown out";
     for (const auto& client : clients_) {
       if (!client->process.alive()) continue;
       const int pid = client->process.pid();
@@ -926,6 +950,7 @@ class ManagerWorld {
   YieldingCalls calls_;
   std::vector<std::unique_ptr<Client>> clients_;
   std::vector<std::unique_ptr<Client>> newcomers_;  // born in this turn
+  std::vector<UniqueFd> strangers_;                 // their connections
   UniqueFd operator_;                               // its connection
   std::vector<std::string> operators_asked_;
   control::LineReader operators_reader_{control::kAnswerBytesMax};

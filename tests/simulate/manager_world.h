@@ -1,7 +1,8 @@
 // The manager as it is, on the model of userfaultfd, under a seed: clients that arrive by real sockets, as
 // Firecracker's and by the native protocol, whose simulated threads read, write, madvise, munmap, mremap and
 // fork; that add and drop regions, detach, lose their connections, come back and are killed; operators that
-// ask for status, drain, and add and remove sockets; and managers that end, each followed by another.
+// ask for status, drain, and add and remove sockets; strangers that say nothing; and managers that end, each
+// followed by another.
 //
 // All threads of the manager, the engine and the images run one at a time, as the seed says, by its clock
 // (seeded_threads.h): the same seed gives the same run. After each step every byte that was read must be
