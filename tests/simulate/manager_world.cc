@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <sys/socket.h>
 #include <uffdkit/sim.h>
+#include <uffdkit/store.h>
 #include <uffdkit/uffd.h>
 
 #include <algorithm>
@@ -24,6 +25,8 @@
 #include <vector>
 
 #include "base/check.h"
+#include "image/memory_source.h"
+#include "image/write_image.h"
 #include "manager/manager.h"
 #include "simulate/expected.h"
 #include "simulate/real_descriptors.h"
@@ -61,10 +64,21 @@ std::size_t open_descriptors() {
   return static_cast<std::size_t>(std::distance(begin(all), end(all)));
 }
 
-void write_image(const std::string& path) {
-  std::ofstream file(path, std::ios::binary);
-  for (std::uint64_t at = 0; at < kImagePages * kPage; at += 512)
-    file << std::string(512, static_cast<char>(image_byte(at / kPage, at % kPage)));
+enum class Compressed : bool { no, yes };
+
+void write_image(const std::string& path, Compressed compressed) {
+  std::vector<std::byte> memory(kImagePages * kPage);
+  for (std::uint64_t at = 0; at < memory.size(); ++at)
+    memory[at] = static_cast<std::byte>(image_byte(at / kPage, at % kPage));
+  if (compressed == Compressed::no) {
+    std::ofstream(path, std::ios::binary)
+        .write(reinterpret_cast<const char*>(memory.data()), static_cast<std::streamsize>(memory.size()));
+    return;
+  }
+  const auto source = image::memory_of(make_memory_store(memory), memory.size());
+  (void)image::write_image(*source, path, std::nullopt, {},
+                           {.frame_bytes = image::kFrameBytesMin, .threads = 1})
+      .value();
 }
 
 // Loses what a bug loses.
@@ -207,7 +221,8 @@ class ManagerWorld {
         kernel_({.seed = seed}),
         descriptors_(kernel_.spawn()),
         calls_(threads_, descriptors_, seed, bug) {
-    write_image(directory_ / "image");
+    write_image(directory_ / "image", compressed_);
+    if (compressed_ == Compressed::yes) note("the image is compressed");
     // Before there are threads: each has a process that is forked from this one.
     for (std::size_t i = 0; i < kClients; ++i) add_client();
     start_manager();
@@ -251,12 +266,13 @@ class ManagerWorld {
                            .background = one_in(4) ? Background::full : Background::off,
                            .system = calls_,
                            .threads = Threads(threads_)};
-    // Part of the image is read by its lane only, and there a page may fail once.
-    const std::uint64_t border = draw(kImagePages);
+    // Part of the image is read by its lane only, and there a page may fail once; but not when an image is
+    // opened, for which one that is compressed is read.
+    const std::uint64_t border = draw(std::filesystem::file_size(directory_ / "image"));
     if (border > 0)
       options.store_faults.push_back({.kind = StoreFault::Kind::error,
-                                      .rate = 0.1,
-                                      .to = StoreOffset(border * kPage),
+                                      .rate = compressed_ == Compressed::yes ? 0 : 0.1,
+                                      .to = StoreOffset(border),
                                       .times = 1,
                                       .seed = draw(1000)});
     manager_ = Manager::create(options).value();
@@ -944,6 +960,7 @@ class ManagerWorld {
 
   test::TempDir directory_;
   std::mt19937_64 random_;
+  const Compressed compressed_ = one_in(3) ? Compressed::yes : Compressed::no;
   PlantedThreads threads_;
   sim::Kernel kernel_;
   RealDescriptors descriptors_;
