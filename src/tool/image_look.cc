@@ -86,14 +86,15 @@ std::optional<image::WorkingSet> working_set(const std::string& path, const imag
   const std::string file = path + image::kWorkingSetSuffix;
   Result<std::optional<image::WorkingSet>> set = image::read_working_set(file);
   if (!set) return report(set.error()), std::nullopt;
-  if (!*set) return std::nullopt;
+  const std::optional<image::WorkingSet>& recorded = *set;
+  if (!recorded) return std::nullopt;
   const Result<image::Identity> identity =
       opened.is_raw() ? image::identity_of(*opened.store) : opened.layers.front()->record().identity;
   if (!identity) return report(identity.error()), std::nullopt;
   const Result<void> own =
-      image::check_recorded_of(**set, *identity, opened.store->size().value / image::kPageBytes, file);
+      image::check_recorded_of(*recorded, *identity, opened.store->size().value / image::kPageBytes, file);
   if (!own) return report(own.error()), std::nullopt;
-  return std::move(*set);
+  return recorded;
 }
 
 nlohmann::ordered_json working_set_to_json(const image::WorkingSet& set) {
