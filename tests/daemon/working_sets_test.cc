@@ -145,6 +145,9 @@ TEST_F(WorkingSets, ARecordingGoesOnUnderTheNextWorker) {
           for (const std::size_t page : {4u, 77u}) memory.check(page);
         });
     process.channel().receive();
+    // What a worker is about when it dies, it has not written down.
+    ASSERT_TRUE(
+        eventually([&] { return manager.total("pages_copied") + manager.total("pages_zeroed") == 2; }));
     ::kill(manager.worker_pid(), SIGKILL);
     process.channel().send(1);
     EXPECT_EQ(process.wait(), 0) << manager.log();
