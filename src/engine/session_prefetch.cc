@@ -24,10 +24,10 @@ constexpr std::size_t kPagesPerBatch = 64;
 constexpr std::size_t kInstalledPerStep = 16;
 // The same while faults come for pages that are not expected, and shortly after: a fault waits behind all
 // reads that the disk has already, and for the piece of work that its worker is about. bench_cold_reads says
-// what a disk gives for how many reads at once: with 12, some two thirds.
-constexpr std::size_t kPagesPerBatchBeside = 12;
+// what a disk gives for how many reads at once: with 8, about half.
+constexpr std::size_t kPagesPerBatchBeside = 8;
 constexpr unsigned kDepthBeside = 1;
-constexpr std::size_t kInstalledPerStepBeside = 3;
+constexpr std::size_t kInstalledPerStepBeside = 2;
 constexpr std::int64_t kBesideNs = 10'000'000;
 // Pages of the order that are looked at in one step.
 constexpr std::size_t kLookedAtPerStep = 1024;
