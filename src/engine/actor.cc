@@ -302,6 +302,13 @@ SessionStatus Actor::status() const {
           .oldest_pending_ns = oldest == 0 ? 0 : threads_.now_ns() - oldest};
 }
 
+Result<void> Actor::forked(std::unique_ptr<ForkedSession>& session) {
+  Result<SessionId> child = scheduler_.forked(id_, *session);
+  if (!child) return Failure(std::move(child).error());
+  children_.push_back(*child);
+  return {};
+}
+
 void Actor::start_fetch(StoreLane& lane, std::unique_ptr<Fetch> fetch) {
   if (const std::shared_ptr<SharedImage> shared = fetch->shared)
     return shared->fetch(std::move(fetch), weak_from_this());

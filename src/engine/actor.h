@@ -49,8 +49,8 @@ class ActorScheduler {
   // The session has ended: nothing more will be run.
   virtual void ended(SessionId session) = 0;
   // The client of `parent` has forked: `child` is served from now on, and run from begin() on. Returns its
-  // number.
-  virtual SessionId forked(SessionId parent, ForkedSession child) = 0;
+  // number. Nothing of it is taken if there is an error: it cannot be served.
+  virtual Result<SessionId> forked(SessionId parent, ForkedSession& child) = 0;
   virtual void begin(SessionId child) = 0;
 };
 
@@ -121,9 +121,7 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   bool kill_client() override { return signal_client(SIGKILL); }
   bool stop_client() override { return signal_client(SIGSTOP); }
   void continue_client() override { signal_client(SIGCONT); }
-  void forked(std::unique_ptr<ForkedSession> session) override {
-    children_.push_back(scheduler_.forked(id_, std::move(*session)));
-  }
+  Result<void> forked(std::unique_ptr<ForkedSession>& session) override;
   void detach_failed(const Error& error) override { listener_.detach_failed(id_, error); }
   void page_failed(const Error& error) override { listener_.page_failed(id_, error); }
   void warn(const std::string& text) override { listener_.warn(id_, text); }

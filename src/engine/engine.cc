@@ -98,11 +98,11 @@ class Engine::Shared final : public ActorScheduler {
   bool give_way() override;
   bool look_again(std::int64_t last_fault_ns) override;
   void ended(SessionId session) override;
-  SessionId forked(SessionId parent, ForkedSession child) override;
+  Result<SessionId> forked(SessionId parent, ForkedSession& child) override;
   void begin(SessionId child) override;
 
  private:
-  Result<void> admit(SessionId id, const std::shared_ptr<Actor>& actor);
+  Result<void> admit(SessionId id, const std::shared_ptr<Actor>& actor, bool must_be_watched);
   SessionId next_session();
   Result<void> watch(int operation, int fd, std::uint32_t events, std::uint64_t data) const;
   struct Worker {
@@ -465,7 +465,9 @@ Result<SessionId> Engine::Shared::attach(Attachment attachment) {
   step();
   if (attachment.begins)
     if (auto begun = attachment.begins(id); !begun) return Failure(std::move(begun).error());
-  if (auto admitted = admit(id, actor); !admitted) return Failure(std::move(admitted).error());
+  // One that had its number before is not given up: it is watched when there is memory for that.
+  const bool is_new = attachment.id == 0;
+  if (auto admitted = admit(id, actor, is_new); !admitted) return Failure(std::move(admitted).error());
   return id;
 }
 
@@ -474,7 +476,7 @@ SessionId Engine::Shared::next_session() {
   return ++last_session_;
 }
 
-Result<void> Engine::Shared::admit(SessionId id, const std::shared_ptr<Actor>& actor) {
+Result<void> Engine::Shared::admit(SessionId id, const std::shared_ptr<Actor>& actor, bool must_be_watched) {
   {
     const std::lock_guard lock(sessions_mutex_);
     sessions_.emplace(id, actor);
@@ -484,7 +486,7 @@ Result<void> Engine::Shared::admit(SessionId id, const std::shared_ptr<Actor>& a
   Result<void> watched = watch(EPOLL_CTL_ADD, actor->uffd(), 0, event_data(Source::uffd, id));
   if (watched && actor->process() >= 0)
     watched = watch(EPOLL_CTL_ADD, actor->process(), EPOLLIN | EPOLLONESHOT, event_data(Source::process, id));
-  if (!watched) {
+  if (!watched && must_be_watched) {
     ended(id);
     return watched;
   }
@@ -492,8 +494,12 @@ Result<void> Engine::Shared::admit(SessionId id, const std::shared_ptr<Actor>& a
   return {};
 }
 
-SessionId Engine::Shared::forked(SessionId parent, ForkedSession child) {
+Result<SessionId> Engine::Shared::forked(SessionId parent, ForkedSession& child) {
   const SessionId id = next_session();
+  if (auto may =
+          listener_.session_forks(parent, id, {.uffd = child.uffd.fd(), .state_file = child.state.fd()});
+      !may)
+    return Failure(std::move(may).error());
   auto actor = std::make_shared<Actor>(id, parent, std::move(child.uffd), std::move(child.state),
                                        std::move(child.lanes), options_.session, std::nullopt, *this,
                                        listener_, threads_);
@@ -512,7 +518,7 @@ SessionId Engine::Shared::forked(SessionId parent, ForkedSession child) {
   }
   // Whoever hears of it may ask something of it at once; nobody else runs it yet, so its end comes later.
   step();
-  listener_.session_forked(actor->status(), {.uffd = actor->uffd(), .state_file = actor->state_file()});
+  listener_.session_forked(actor->status());
   return id;
 }
 

@@ -77,9 +77,11 @@ class EngineListener {
   virtual ~EngineListener() = default;
   // The session serves nothing any more, and its descriptor is about to be closed.
   virtual void session_ended(const SessionStatus& session, SessionEnd end) = 0;
-  // The client of session.parent has forked, and its child is served as this session: from the return of
-  // this call on.
-  virtual void session_forked(const SessionStatus& session, const SessionFiles& files) = 0;
+  // The client of `parent` has forked, and its child is to be served as session `child`. An error refuses
+  // that: then what it has not got answers with SIGBUS.
+  virtual Result<void> session_forks(SessionId parent, SessionId child, const SessionFiles& files) = 0;
+  // It is served: from the return of this call on.
+  virtual void session_forked(const SessionStatus& session) = 0;
   // Detaching was given up, because a page cannot be had; the session goes on.
   virtual void detach_failed(SessionId session, const Error& error) = 0;
   virtual void page_failed(SessionId session, const Error& error) = 0;

@@ -392,24 +392,19 @@ void Session::apply(const ForkEvent& event) {
   // What the parent's memory holds, the child's holds too: nothing was filled since fork(2) began, because
   // the kernel refuses that until this message has been read.
   Result<SessionState> state = state_.clone();
-  if (state) {
-    std::vector<std::shared_ptr<StoreLane>> lanes;
-    std::vector<std::shared_ptr<SharedImage>> shared;
-    for (const RegionServing& serving : serving_) {
-      lanes.push_back(serving.lane);
-      shared.push_back(serving.shared);
-    }
-    host_.forked(std::make_unique<ForkedSession>(ForkedSession{.uffd = std::move(child),
+  if (!state) return condemn_child(std::move(child), std::move(state).error());
+  std::vector<std::shared_ptr<StoreLane>> lanes;
+  std::vector<std::shared_ptr<SharedImage>> shared;
+  for (const RegionServing& serving : serving_) {
+    lanes.push_back(serving.lane);
+    shared.push_back(serving.shared);
+  }
+  auto session = std::make_unique<ForkedSession>(ForkedSession{.uffd = std::move(child),
                                                                .state = std::move(*state),
                                                                .lanes = std::move(lanes),
-                                                               .shared = std::move(shared)}));
-    return;
-  }
-  host_.warn(std::move(state)
-                 .error()
-                 .within("a child of fork cannot be served, and waits for ever for what is missing")
-                 .text());
-  orphans_.push_back(std::move(child));
+                                                               .shared = std::move(shared)});
+  if (auto taken = host_.forked(session); !taken)
+    condemn_child(std::move(session->uffd), std::move(taken).error());
 }
 
 // ---- faults -----------------------------------------------------------------------------------------------

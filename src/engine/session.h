@@ -126,7 +126,8 @@ class SessionHost {
   virtual bool stop_client() = 0;
   virtual void continue_client() = 0;
   // The client has forked: `session` is the child's, as its parent's was at that moment, and is to be served.
-  virtual void forked(std::unique_ptr<ForkedSession> session) = 0;
+  // It is taken, unless there is an error: then it cannot be.
+  virtual Result<void> forked(std::unique_ptr<ForkedSession>& session) = 0;
   // A page that could not be read, once for each.
   virtual void page_failed(const Error& error) = 0;
   // Detaching was given up, for Unreadable::keep_serving.
@@ -365,6 +366,8 @@ class Session {
   void apply(const UnmapEvent& event);
   void apply(const RemapEvent& event);
   void apply(const ForkEvent& event);
+  // Nobody can serve the child: what it has not got answers with SIGBUS from now on.
+  void condemn_child(Uffd child, Error why);
   void forget_dropped_regions();
 
   void install_returned();
@@ -525,7 +528,6 @@ class Session {
   std::int64_t read_not_before_ns_ = 0;  // the descriptors were used up
   bool condemned_ = false;               // see fail()
   bool stopped_ = false;                 // so is the client, by us
-  std::vector<Uffd> orphans_;            // of children that cannot be served: closed, they would read zeros
   bool detaching_ = false;
   bool releasing_ = false;                      // detaching, with zeros for what is missing
   Unreadable unreadable_ = Unreadable::poison;  // while detaching

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "engine/condemned_child.h"
 #include "engine/session_detail.h"
 
 namespace uffdkit {
@@ -171,6 +172,42 @@ void Session::fail(const std::string& why) {
   detaching_ = false;
   begin_detach(Unreadable::poison);
   watch_target();
+}
+
+// Before the fork counts as applied: cut off in the middle, it is adopted and condemned again, or served.
+void Session::condemn_child(Uffd child, Error why) {
+  std::vector<MissingPages> missing;
+  for (const Segment& segment : state_.layout().segments()) {
+    if (segment.region == kZeroRegion) continue;
+    // Where the image is shared, what was given back would be the image again.
+    const bool shares = sharing_of(segment) != SharingMode::none;
+    const PageTable& table = state_.table(segment.region);
+    const auto is_there = [&](PageIndex granule) {
+      const PageState state = table.get(granule);
+      return state == PageState::installed || state == PageState::zeroed ||
+             (state == PageState::removed && !shares);
+    };
+    const PageCount page = granules_per_page(segment);
+    const PageRange granules = segment.granules();
+    for (PageIndex first = granules.first; first < granules.end(); first = first + page) {
+      bool whole = true;
+      for (PageIndex granule = first; granule < first + page; granule = granule + kOneGranule)
+        whole = whole && is_there(granule);
+      if (whole) continue;
+      const AddressRange memory{segment.address_of(first), segment.page_size.bytes()};
+      if (!missing.empty() && missing.back().memory.end() == memory.start &&
+          missing.back().page_size == segment.page_size)
+        missing.back().memory.length = missing.back().memory.length + memory.length;
+      else
+        missing.push_back({memory, segment.page_size});
+    }
+  }
+  const bool condemned = uffdkit::condemn_child(std::move(child), std::move(missing));
+  host_.warn(std::move(why)
+                 .within(condemned
+                             ? "a child of fork cannot be served: what it has not got answers with SIGBUS"
+                             : "a child of fork cannot be served, and waits for ever for what is missing")
+                 .text());
 }
 
 void Session::finish(SessionEnd end) {

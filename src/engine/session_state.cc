@@ -160,6 +160,10 @@ Result<SessionState> SessionState::create(const std::string& image) {
 }
 
 Result<SessionState> SessionState::open(UniqueFd file) {
+  return open_or_leave(file);
+}
+
+Result<SessionState> SessionState::open_or_leave(UniqueFd& file) {
   const int seals = ::fcntl(file.get(), F_GET_SEALS);
   if (seals < 0 || (seals & F_SEAL_SHRINK) == 0)
     return Failure(damaged("it is not one: not a sealed memory file"));
@@ -190,11 +194,11 @@ Result<SessionState> SessionState::open(UniqueFd file) {
   state.tables_end_ = std::max(fields.tables_end, kPage4K.round_down(file_bytes + 4095));
   state.active_layout_ = fields.progress & 1;
   state.unapplied_ = fields.progress >> 1;
-  if (auto loaded = state.load_regions(fields.region_count, file_bytes); !loaded)
-    return Failure(std::move(loaded).error());
-  if (auto loaded = state.load_layout(fields.segment_count[state.active_layout_]); !loaded)
-    return Failure(std::move(loaded).error());
-  return state;
+  Result<void> loaded = state.load_regions(fields.region_count, file_bytes);
+  if (loaded) loaded = state.load_layout(fields.segment_count[state.active_layout_]);
+  if (loaded) return state;
+  file = std::move(state.file_);
+  return Failure(std::move(loaded).error());
 }
 
 Result<SessionState> SessionState::clone() const {

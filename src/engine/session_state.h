@@ -71,6 +71,8 @@ class SessionState {
   // are absent again. The descriptor may be open for reading only. Errors: not such a file, not sealed, of
   // another version, damaged (says what).
   static Result<SessionState> open(UniqueFd file);
+  // The same, but a file that is refused stays the caller's.
+  static Result<SessionState> open_or_leave(UniqueFd& file);
 
   // The same session as it is now, in a file of its own: what a child has after fork(2). Its inbox is empty.
   Result<SessionState> clone() const;
@@ -79,6 +81,8 @@ class SessionState {
   // it is no such file.
   static std::vector<int> forks_in_inbox(int file);
 
+  // Gives the file up.
+  UniqueFd leave() && { return std::move(file_); }
   // The file. To hand it to a client, reopen it for reading only.
   int fd() const { return file_.get(); }
   const std::string& image() const { return image_; }

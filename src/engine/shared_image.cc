@@ -59,11 +59,11 @@ Result<std::shared_ptr<SharedImage>> SharedImage::create(std::shared_ptr<StoreLa
   UniqueFd filled(::memfd_create("uffdkit-filled", MFD_CLOEXEC));
   if (!filled || ::ftruncate(filled.get(), static_cast<off_t>(filled_bytes(lane->store()->size()))) < 0)
     return Failure(Error::from_errno("create an image's memory", errno));
-  return take_up(std::move(lane), std::move(file), std::move(filled));
+  return take_up(std::move(lane), file, filled);
 }
 
-Result<std::shared_ptr<SharedImage>> SharedImage::take_up(std::shared_ptr<StoreLane> lane, UniqueFd file,
-                                                          UniqueFd filled) {
+Result<std::shared_ptr<SharedImage>> SharedImage::take_up(std::shared_ptr<StoreLane> lane, UniqueFd& file,
+                                                          UniqueFd& filled) {
   Result<StateMapping> memory = StateMapping::map(filled.get(), 0, filled_bytes(lane->store()->size()));
   if (!memory) return Failure(std::move(memory).error());
   return std::shared_ptr<SharedImage>(

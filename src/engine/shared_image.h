@@ -33,9 +33,10 @@ class SharedImage final : public FetchSink, public std::enable_shared_from_this<
  public:
   // Errors: no memory files to be had.
   static Result<std::shared_ptr<SharedImage>> create(std::shared_ptr<StoreLane> lane);
-  // The same memory again, of a process that has ended, by its two files. Errors: no room to map them.
-  static Result<std::shared_ptr<SharedImage>> take_up(std::shared_ptr<StoreLane> lane, UniqueFd file,
-                                                      UniqueFd filled);
+  // The same memory again, of a process that has ended, by its two files. Errors: no room to map them; then
+  // they stay the caller's.
+  static Result<std::shared_ptr<SharedImage>> take_up(std::shared_ptr<StoreLane> lane, UniqueFd& file,
+                                                      UniqueFd& filled);
 
   const std::shared_ptr<StoreLane>& lane() const { return lane_; }
   int file() const { return file_.get(); }

@@ -13,6 +13,7 @@
 
 #include <chrono>
 #include <memory>
+#include <utility>
 
 #include "base/threads.h"
 #include "engine/fetch.h"
@@ -40,6 +41,8 @@ class StoreLane {
   const std::shared_ptr<Store>& store() const { return store_; }
   // -1 for none.
   int file() const { return file_.get(); }
+  // Instead of giving it to create(), where it would be lost with an error. Before anybody has the lane.
+  void keep(UniqueFd file) { file_ = std::move(file); }
 
   // Reads `fetch` on a thread of the lane, then hands it to `sink` if that still exists. The queue is as long
   // as the sessions' own limits on fetches allow.

@@ -64,7 +64,8 @@ class CriuDaemon::Impl final : public EngineListener {
 
   // EngineListener: from workers
   void session_ended(const SessionStatus& session, SessionEnd end) override;
-  void session_forked(const SessionStatus& session, const SessionFiles& files) override;
+  Result<void> session_forks(SessionId, SessionId, const SessionFiles&) override { return {}; }
+  void session_forked(const SessionStatus& session) override;
   void detach_failed(SessionId, const Error&) override {}  // not asked for
   void page_failed(SessionId session, const Error& error) override;
   void warn(SessionId session, const std::string& text) override;
@@ -264,7 +265,7 @@ void CriuDaemon::Impl::session_ended(const SessionStatus& session, SessionEnd en
   });
 }
 
-void CriuDaemon::Impl::session_forked(const SessionStatus& session, const SessionFiles&) {
+void CriuDaemon::Impl::session_forked(const SessionStatus& session) {
   loop_->post([this, session] {
     // A child of a child is named after the task that was restored.
     sessions_.emplace(session.id, fmt::format("{} (child {})", session.image, session.id));

@@ -10,6 +10,8 @@
 #include <string_view>
 #include <utility>
 
+#include "store/recovering_store.h"
+
 namespace uffdkit {
 namespace {
 
@@ -41,8 +43,9 @@ Result<void> ImageCatalog::add(const std::string& name, const std::string& path)
   if (paths_.contains(name))
     return Failure(Error(fmt::format("there are two images named {}", name), EEXIST)
                        .with_remedy("give each --image a name of its own"));
-  if (auto opened = open_path(path); !opened) return Failure(std::move(opened).error());
+  // Known by its name all the same: whoever goes on with what there is has clients that wait for it.
   paths_[name] = path;
+  if (auto opened = open_path(path); !opened) return Failure(std::move(opened).error());
   return {};
 }
 
@@ -110,7 +113,9 @@ Result<std::shared_ptr<StoreLane>> ImageCatalog::share(UniqueFd file, const std:
     std::erase_if(open_, [](const auto& entry) { return entry.second.expired(); });
     if (auto lane = known()) return lane;
   }
-  Result<std::shared_ptr<StoreLane>> lane = open_lane(std::move(file), name);
+  Result<image::OpenImage> opened = open_image(file.get(), name);
+  if (!opened) return Failure(std::move(opened).error());
+  Result<std::shared_ptr<StoreLane>> lane = make_lane(file, std::move(*opened), name);
   if (!lane) return lane;
   const std::lock_guard lock(open_mutex_);
   // Somebody else may have opened it meanwhile, by another name.
@@ -119,17 +124,20 @@ Result<std::shared_ptr<StoreLane>> ImageCatalog::share(UniqueFd file, const std:
   return lane;
 }
 
-Result<std::shared_ptr<StoreLane>> ImageCatalog::open_lane(UniqueFd file, const std::string& name) {
+Result<image::OpenImage> ImageCatalog::open_image(int file, const std::string& name) {
   // The image's own file goes to its store.
-  UniqueFd copy(::fcntl(file.get(), F_DUPFD_CLOEXEC, 0));
+  UniqueFd copy(::fcntl(file, F_DUPFD_CLOEXEC, 0));
   if (!copy) return Failure(Error::from_errno("open " + name, errno));
-  Result<image::OpenImage> opened = opener_.open(std::move(copy), name);
-  if (!opened) return Failure(std::move(opened).error());
+  return opener_.open(std::move(copy), name);
+}
+
+Result<std::shared_ptr<StoreLane>> ImageCatalog::make_lane(UniqueFd& file, image::OpenImage image,
+                                                           const std::string& name) {
   std::shared_ptr<ImageWorkingSet> set;
   if (working_sets_ == WorkingSets::yes)
-    if (auto found = ImageWorkingSet::open(file.get(), *opened, name)) set = std::move(*found);
-  Result<std::shared_ptr<StoreLane>> lane =
-      StoreLane::create(std::move(opened->store), retries_, std::move(file), threads_);
+    if (auto found = ImageWorkingSet::open(file.get(), image, name)) set = std::move(*found);
+  Result<std::shared_ptr<StoreLane>> lane = StoreLane::create(std::move(image.store), retries_, {}, threads_);
+  if (lane) (*lane)->keep(std::move(file));
   if (!lane || !set) return lane;
   const std::lock_guard lock(open_mutex_);
   std::erase_if(sets_, [](const auto& entry) { return entry.first.expired(); });
@@ -143,21 +151,49 @@ std::shared_ptr<ImageWorkingSet> ImageCatalog::working_set(const std::shared_ptr
   return found == sets_.end() ? nullptr : found->second;
 }
 
-Result<std::shared_ptr<StoreLane>> ImageCatalog::take_up(UniqueFd file, const std::string& name) {
-  const Result<std::string> key = image::file_key(file.get(), name);
-  if (!key) return Failure(key.error());
-  // Never one that is open already: the descriptor stays the one that it was.
-  Result<std::shared_ptr<StoreLane>> lane = open_lane(std::move(file), name);
-  if (!lane) return lane;
-  const std::lock_guard lock(open_mutex_);
-  open_[*key] = *lane;
+Result<std::shared_ptr<StoreLane>> ImageCatalog::recovering_lane(UniqueFd& file, const std::string& name,
+                                                                 ByteCount size,
+                                                                 std::shared_ptr<Store> rest) {
+  // The catalog outlives all sessions, but not a read that never comes back.
+  const auto reopen = [own = weak_from_this(), fd = file.get(), name]() -> Result<std::shared_ptr<Store>> {
+    const std::shared_ptr<ImageCatalog> catalog = own.lock();
+    if (!catalog) return Failure(Error("the manager has ended", ESHUTDOWN));
+    Result<image::OpenImage> opened = catalog->open_image(fd, name);
+    if (!opened) return Failure(std::move(opened).error());
+    return std::move(opened->store);
+  };
+  Result<std::shared_ptr<StoreLane>> lane =
+      StoreLane::create(make_recovering_store(name, size, std::move(rest), reopen), retries_, {}, threads_);
+  if (lane) (*lane)->keep(std::move(file));
   return lane;
 }
 
+Result<ImageCatalog::TakenUp> ImageCatalog::take_up(UniqueFd& file, const std::string& name, ByteCount size) {
+  const Result<std::string> key = image::file_key(file.get(), name);
+  Result<image::OpenImage> opened = open_image(file.get(), name);
+  std::optional<Error> damage;
+  if (!opened)
+    damage = opened.error();
+  else if (opened->store->size() < size)
+    damage = Error(fmt::format("{} has {} bytes, but had {} when it was opened first", name,
+                               opened->store->size().value, size.value),
+                   ESTALE);
+  // Never one that is open already: the descriptor stays the one that it was.
+  Result<std::shared_ptr<StoreLane>> lane =
+      damage ? recovering_lane(file, name, size, opened ? std::move(opened->store) : nullptr)
+             : make_lane(file, std::move(*opened), name);
+  if (!lane) return Failure(std::move(lane).error());
+  // Whoever asks for a damaged image by its name has it opened anew, or hears what is wrong with it.
+  if (key && !damage) {
+    const std::lock_guard lock(open_mutex_);
+    open_[*key] = *lane;
+  }
+  return TakenUp{.lane = std::move(*lane), .damage = std::move(damage)};
+}
+
 Result<std::shared_ptr<SharedImage>> ImageCatalog::take_up_memory(const std::shared_ptr<StoreLane>& image,
-                                                                  UniqueFd file, UniqueFd filled) {
-  Result<std::shared_ptr<SharedImage>> memory =
-      SharedImage::take_up(image, std::move(file), std::move(filled));
+                                                                  UniqueFd& file, UniqueFd& filled) {
+  Result<std::shared_ptr<SharedImage>> memory = SharedImage::take_up(image, file, filled);
   if (memory) shared_.push_back(*memory);
   return memory;
 }

@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -21,7 +22,7 @@
 
 namespace uffdkit {
 
-class ImageCatalog {
+class ImageCatalog : public std::enable_shared_from_this<ImageCatalog> {
  public:
   // Whether working sets are looked for beside images.
   enum class WorkingSets : bool { no, yes };
@@ -42,11 +43,17 @@ class ImageCatalog {
   Result<std::shared_ptr<StoreLane>> open(const std::string& name);
   // The file at `path`.
   Result<std::shared_ptr<StoreLane>> open_path(const std::string& path);
-  // The image that another process had opened by this descriptor, which becomes the lane's.
-  Result<std::shared_ptr<StoreLane>> take_up(UniqueFd file, const std::string& name);
+  // The image of so many bytes that another process had opened by this descriptor, which becomes the lane's.
+  // What cannot be opened any more, or has become shorter, has a lane too: what is not there fails to be
+  // read, until it is there again. Errors: no thread can be started; then the descriptor stays the caller's.
+  struct TakenUp {
+    std::shared_ptr<StoreLane> lane;
+    std::optional<Error> damage;
+  };
+  Result<TakenUp> take_up(UniqueFd& file, const std::string& name, ByteCount size);
   // Likewise its memory, by the files of it.
-  Result<std::shared_ptr<SharedImage>> take_up_memory(const std::shared_ptr<StoreLane>& image, UniqueFd file,
-                                                      UniqueFd filled);
+  Result<std::shared_ptr<SharedImage>> take_up_memory(const std::shared_ptr<StoreLane>& image, UniqueFd& file,
+                                                      UniqueFd& filled);
   // The memory of that image, one for all who share it.
   Result<std::shared_ptr<SharedImage>> share_memory(const std::shared_ptr<StoreLane>& image);
   // What there is of it at this moment.
@@ -63,7 +70,13 @@ class ImageCatalog {
   };
   // The lane of an open file, shared with whoever has the same file open.
   Result<std::shared_ptr<StoreLane>> share(UniqueFd file, const std::string& name);
-  Result<std::shared_ptr<StoreLane>> open_lane(UniqueFd file, const std::string& name);
+  Result<image::OpenImage> open_image(int file, const std::string& name);
+  // Of one that cannot be opened now as it was.
+  Result<std::shared_ptr<StoreLane>> recovering_lane(UniqueFd& file, const std::string& name, ByteCount size,
+                                                     std::shared_ptr<Store> rest);
+  // The lane of an image that was opened by this file, which becomes the lane's, unless there is an error.
+  Result<std::shared_ptr<StoreLane>> make_lane(UniqueFd& file, image::OpenImage image,
+                                               const std::string& name);
 
   const ReadRetries retries_;
   const WorkingSets working_sets_;

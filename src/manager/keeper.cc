@@ -233,7 +233,8 @@ void Keeper::start_worker(const Work& work) {
   ::prctl(PR_SET_NAME, "uffdkit-worker");
   count_steps_of_worker(shared_.workers);
   const int code = work(*records_);
-  shared_.exit_code = code;
+  // One that has not come to take over from another is no end: the next one tries.
+  if (shared_.is_ready == 0 || shared_.is_serving != 0) shared_.exit_code = code;
   std::exit(code);
 }
 

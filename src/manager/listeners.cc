@@ -192,8 +192,10 @@ Result<void> Manager::Impl::let_in(const Listener& listener, const Peer& peer) {
     return Failure(Error(fmt::format("user {} may have no image of this manager", peer.uid), EPERM)
                        .with_remedy("have it run with a rule for the user: --allow WHO=IMAGES"));
   }
-  if (has_peer(listener.allowed, peer)) return {};
-  return check_image(peer, listener.image);
+  if (!has_peer(listener.allowed, peer))
+    if (auto allowed = check_image(peer, listener.image); !allowed) return allowed;
+  if (listener.damage) return Failure(*listener.damage);
+  return {};
 }
 
 bool Manager::Impl::has_room() const {

@@ -44,6 +44,9 @@ struct FileIdentity {
 
 std::optional<FileIdentity> identity_of(int fd);
 
+// Whether an image of so many bytes has all that the session's regions show.
+Result<void> fits_image(const SessionState& state, ByteCount image_size);
+
 // The counts of a session, each by its name; and those of `more` added to `total`.
 nlohmann::json counters_json(const SessionStatus& status);
 void add_counters(nlohmann::json& total, const nlohmann::json& more);
@@ -97,7 +100,8 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
 
   // EngineListener: from workers
   void session_ended(const SessionStatus& session, SessionEnd end) override;
-  void session_forked(const SessionStatus& session, const SessionFiles& files) override;
+  Result<void> session_forks(SessionId parent, SessionId child, const SessionFiles& files) override;
+  void session_forked(const SessionStatus& session) override;
   void detach_failed(SessionId session, const Error& error) override;
   void page_failed(SessionId session, const Error& error) override;
   void warn(SessionId session, const std::string& text) override;
@@ -109,6 +113,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
     std::string image;                 // the path that was given, for Firecracker's
     std::shared_ptr<StoreLane> store;  // likewise
     std::vector<Subject> allowed;      // to connect to this one, beside those who may have its image
+    std::optional<Error> damage = {};  // why nobody new is served from `store`
   };
   // What is opened before a listener can be added; it may block.
   struct Opened {
@@ -186,16 +191,23 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   // And of another's, once its image is open.
   Result<AttachedSession> take_up(UniqueFd uffd, UniqueFd process, SessionState state, uid_t uid, pid_t pid,
                                   const std::shared_ptr<StoreLane>& image, Connection* connection);
-  // What of a manager's of before is used again.
+  // What of a manager's of before is used again, by the numbers of its records.
   struct Inherited {
-    std::map<std::size_t, Result<std::shared_ptr<StoreLane>>> images;
+    std::map<std::size_t, ImageCatalog::TakenUp> images;
     std::map<std::size_t, std::shared_ptr<SharedImage>> memories;
   };
+  // Errors, here and in the next: no thread can be started.
+  Result<ImageCatalog::TakenUp> image_of(std::size_t record, Inherited& inherited);
   Result<void> take_up(const Records::Session& session, Inherited& inherited);
+  // With an error nothing of it was closed.
+  Result<void> take_up(const Records::Session& session, const std::shared_ptr<StoreLane>& lane,
+                       const std::shared_ptr<SharedImage>& memory);
+  // A native client is left to come back; others are tried again.
+  void cannot_take_up(const Records::Session& session, const std::shared_ptr<StoreLane>& lane,
+                      const std::shared_ptr<SharedImage>& memory);
   Result<void> take_up(const Records::Listener& listener, Inherited& inherited);
   // A connection that has sent a handshake, perhaps.
   void take_up(UniqueFd socket);
-  Result<std::shared_ptr<StoreLane>> image_of(std::size_t record, Inherited& inherited);
   // Counts what was asked of the keeper, and was not yet done.
   void take_stops();
   void forget(const SessionStatus& session, SessionEnd end);

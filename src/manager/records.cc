@@ -24,7 +24,7 @@ namespace uffdkit {
 namespace {
 
 constexpr std::array<char, 8> kMagic = {'U', 'F', 'F', 'D', 'K', 'E', 'P', 'T'};
-constexpr std::uint32_t kVersion = 2;
+constexpr std::uint32_t kVersion = 3;
 
 constexpr std::size_t kListenersAt = 65'536;
 constexpr std::size_t kListenersMax = 16'384;
@@ -113,7 +113,9 @@ struct Records::FileImage {
   std::int32_t memory;
   std::int32_t filled;
   std::uint32_t name_bytes;
-  std::array<char, 4076> name;
+  std::uint32_t padding;
+  std::uint64_t size;
+  std::array<char, 4064> name;
 };
 
 Records::Records(UniqueFd file, StateMapping memory)
@@ -218,6 +220,7 @@ Result<std::size_t> Records::use_image(const std::shared_ptr<StoreLane>& lane) {
   record.file = lane->file();
   record.memory = -1;
   record.filled = -1;
+  record.size = lane->store()->size().value;
   record.name_bytes = static_cast<std::uint32_t>(name.size());
   std::memcpy(record.name.data(), name.data(), name.size());
   step();
@@ -413,6 +416,7 @@ Records::Image Records::image(std::size_t index) const {
   const FileImage& record = image_table()[index];
   return {.file = record.file,
           .name = std::string(record.name.data(), record.name_bytes),
+          .size = ByteCount(record.size),
           .memory = record.memory,
           .filled = record.filled};
 }
@@ -432,6 +436,14 @@ void Records::give_up(const Session& session) {
   for (FileSession& record : std::span(session_table(), kSessionsMax)) {
     if (record.kind == 0) return;
     if (record.valid != 0 && record.id == session.id) publish(record.valid, 0);
+  }
+}
+
+void Records::give_up(const Listener& listener) {
+  const std::lock_guard lock(mutex_);
+  for (FileListener& record : std::span(listener_table(), kListenersMax)) {
+    if (record.kind == 0) return;
+    if (record.valid != 0 && record.socket == listener.socket) publish(record.valid, 0);
   }
 }
 

@@ -10,6 +10,7 @@
 #include <sys/types.h>
 #include <uffdkit/error.h>
 #include <uffdkit/unique_fd.h>
+#include <uffdkit/units.h>
 
 #include <array>
 #include <atomic>
@@ -100,7 +101,8 @@ class Records {
   struct Image {
     int file;
     std::string name;
-    int memory;  // of SharedImage; -1 for none
+    ByteCount size;  // as it was opened first
+    int memory;      // of SharedImage; -1 for none
     int filled;
   };
 
@@ -147,8 +149,9 @@ class Records {
   // others of the same image are still to come.
   void hold_image(std::size_t index, const StoreLane* lane);
   void release_image(const StoreLane* lane);
-  // It cannot be taken up: its descriptors are nobody's.
+  // It will not be taken up: its descriptors are nobody's, and may be closed.
   void give_up(const Session& session);
+  void give_up(const Listener& listener);
   void taken_up(const Listener& listener, std::shared_ptr<StoreLane> lane);
   // Whether a session has this userfaultfd.
   bool has_uffd(int fd) const;

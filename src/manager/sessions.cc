@@ -41,6 +41,16 @@ std::optional<FileIdentity> identity_of(int fd) {
   return FileIdentity{.device = status.st_dev, .inode = status.st_ino};
 }
 
+Result<void> fits_image(const SessionState& state, ByteCount image_size) {
+  for (const RegionRecord& region : state.regions())
+    if (region.live && (region.offset.value > image_size.value ||
+                        region.length.value > image_size.value - region.offset.value))
+      return Failure(Error(fmt::format("the image {} has {} bytes now, less than the session's regions need",
+                                       state.image(), image_size.value),
+                           ESTALE));
+  return {};
+}
+
 Result<AttachedSession> Manager::Impl::serve(Attachment attachment, const SessionInfo& info) {
   const ByteCount image_size = attachment.lane->store()->size();
   SessionId recorded = 0;
@@ -261,13 +271,7 @@ Result<AttachedSession> Manager::Impl::take_up(UniqueFd uffd_fd, UniqueFd proces
   for (const RegionRecord& region : state.regions()) more.regions += region.live ? 1 : 0;
   for (const Segment& segment : state.layout().segments()) more.memory_bytes += segment.memory.length.value;
   if (auto granted = check_quota(uid, more); !granted) return Failure(std::move(granted).error());
-  const ByteCount image_size = image->store()->size();
-  for (const RegionRecord& region : state.regions())
-    if (region.live && (region.offset.value > image_size.value ||
-                        region.length.value > image_size.value - region.offset.value))
-      return Failure(Error(fmt::format("the image {} has {} bytes now, less than the session's regions need",
-                                       state.image(), image_size.value),
-                           ESTALE));
+  if (auto fits = fits_image(state, image->store()->size()); !fits) return Failure(std::move(fits).error());
   const std::string name = state.image();
   const std::optional<FileIdentity> state_file = identity_of(state.fd());
   Attachment attachment{.uffd = std::move(*uffd),
@@ -326,11 +330,13 @@ void Manager::Impl::forget(const SessionStatus& session, SessionEnd end) {
   end_if_done();
 }
 
-void Manager::Impl::session_forked(const SessionStatus& session, const SessionFiles& files) {
-  if (options_.records != nullptr)
-    if (auto added = options_.records->add_fork(session.parent, session.id, files.uffd, files.state_file);
-        !added)
-      warn(session.id, "it would be lost if this process ended: " + added.error().text());
+// One that is not recorded would read zeros when this process ends.
+Result<void> Manager::Impl::session_forks(SessionId parent, SessionId child, const SessionFiles& files) {
+  if (options_.records == nullptr) return {};
+  return options_.records->add_fork(parent, child, files.uffd, files.state_file);
+}
+
+void Manager::Impl::session_forked(const SessionStatus& session) {
   loop_->post([this, session] {
     const auto parent = sessions_.find(session.parent);
     // The parent may have ended meanwhile; the child knows no more of its process than its user then.

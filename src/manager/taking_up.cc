@@ -3,15 +3,17 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
-#include <signal.h>
 #include <sys/epoll.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
+#include "base/check.h"
 #include "base/step.h"
 
 namespace uffdkit {
 namespace {
+
+// How soon a session is tried again that cannot be taken up.
+constexpr std::int64_t kTakeUpAgainMs = 1000;
 
 bool is_userfaultfd(int fd) {
   std::array<char, 64> kind;
@@ -22,27 +24,20 @@ bool is_userfaultfd(int fd) {
 
 }  // namespace
 
+// Everything here is in the table of descriptors that the next worker has too, so that an error must close
+// nothing of it: a userfaultfd that is closed turns what its client has not got into zeros.
+
 Result<void> Manager::Impl::take_up() {
   Records& records = *options_.records;
   Inherited inherited;
-  std::size_t sessions = 0;
   for (const Records::Session& session : records.sessions()) {
     step();
-    const UniqueFd process(session.process < 0 ? -1 : ::fcntl(session.process, F_DUPFD_CLOEXEC, 0));
-    if (auto taken = take_up(session, inherited); taken) {
-      ++sessions;
-    } else {
-      // Without its descriptors it would read zeros in the place of what is missing.
-      log_.write(fmt::format("session {} cannot be taken up: {}", session.id, taken.error().text()));
-      records.give_up(session);
-      if (process) (void)::syscall(SYS_pidfd_send_signal, process.get(), SIGKILL, nullptr, 0);
-    }
+    if (auto taken = take_up(session, inherited); !taken) return taken;
   }
+  const std::size_t sessions = sessions_.size();
   for (const Records::Listener& listener : records.listeners())
-    if (auto taken = take_up(listener, inherited); !taken)
-      log_.write(fmt::format("{} is listened at no more: {}", listener.path, taken.error().text()));
-  for (const auto& [record, lane] : inherited.images)
-    if (lane) records.release_image(lane->get());
+    if (auto taken = take_up(listener, inherited); !taken) return taken;
+  for (const auto& [record, image] : inherited.images) records.release_image(image.lane.get());
   step();
   for (UniqueFd& socket : std::exchange(inherited_connections_, {})) take_up(std::move(socket));
   const int signal = records.shared().death_signal;
@@ -52,32 +47,60 @@ Result<void> Manager::Impl::take_up() {
   return {};
 }
 
-Result<std::shared_ptr<StoreLane>> Manager::Impl::image_of(std::size_t record, Inherited& inherited) {
+Result<ImageCatalog::TakenUp> Manager::Impl::image_of(std::size_t record, Inherited& inherited) {
   if (const auto known = inherited.images.find(record); known != inherited.images.end()) return known->second;
   const Records::Image image = options_.records->image(record);
-  Result<std::shared_ptr<StoreLane>> lane = images_->take_up(UniqueFd(image.file), image.name);
-  if (lane) options_.records->hold_image(record, lane->get());
-  return inherited.images.emplace(record, std::move(lane)).first->second;
+  UniqueFd file(image.file);
+  Result<ImageCatalog::TakenUp> taken = images_->take_up(file, image.name, image.size);
+  (void)file.release();
+  if (!taken) return taken;
+  options_.records->hold_image(record, taken->lane.get());
+  if (taken->damage) log_.write(fmt::format("an image is not what it was: {}", taken->damage->text()));
+  return inherited.images.emplace(record, *std::move(taken)).first->second;
 }
 
 Result<void> Manager::Impl::take_up(const Records::Session& session, Inherited& inherited) {
-  Records& records = *options_.records;
-  Result<std::shared_ptr<StoreLane>> lane = image_of(session.image, inherited);
-  if (!lane) return Failure(lane.error());
+  const Result<ImageCatalog::TakenUp> image = image_of(session.image, inherited);
+  if (!image) return Failure(image.error());
   std::shared_ptr<SharedImage> memory;
   if (session.shares) {
     memory = inherited.memories[session.image];
-    const Records::Image image = records.image(session.image);
     if (!memory) {
-      auto taken = images_->take_up_memory(*lane, UniqueFd(image.memory), UniqueFd(image.filled));
+      const Records::Image record = options_.records->image(session.image);
+      UniqueFd file(record.memory);
+      UniqueFd filled(record.filled);
+      auto taken = images_->take_up_memory(image->lane, file, filled);
+      (void)file.release();
+      (void)filled.release();
       if (!taken) return Failure(std::move(taken).error());
       memory = inherited.memories[session.image] = std::move(*taken);
     }
   }
-  Result<SessionState> state = SessionState::open(UniqueFd(session.state_file));
+  // A native client can wait for the image to be whole again.
+  const bool waits = image->damage && session.kind == SessionKind::native;
+  const Result<void> taken = waits ? Failure(*image->damage) : take_up(session, image->lane, memory);
+  if (taken) return {};
+  log_.write(fmt::format("session {} cannot be taken up: {}", session.id, taken.error().text()));
+  cannot_take_up(session, image->lane, memory);
+  return {};
+}
+
+Result<void> Manager::Impl::take_up(const Records::Session& session, const std::shared_ptr<StoreLane>& lane,
+                                    const std::shared_ptr<SharedImage>& memory) {
+  Records& records = *options_.records;
+  // By a copy, which is closed if it is refused.
+  UniqueFd copy(::fcntl(session.uffd, F_DUPFD_CLOEXEC, 0));
+  if (!copy) return Failure(Error::from_errno("duplicate a userfaultfd", errno));
+  const Result<Uffd> checked = Uffd::receive(copy.release(), options_.system);
+  if (!checked) return Failure(checked.error());
+  UniqueFd file(session.state_file);
+  Result<SessionState> state = SessionState::open_or_leave(file);
+  (void)file.release();
   if (!state) return Failure(std::move(state).error());
-  Result<Uffd> uffd = Uffd::receive(session.uffd, options_.system);
-  if (!uffd) return Failure(std::move(uffd).error());
+  if (auto fits = fits_image(*state, lane->store()->size()); !fits) {
+    (void)(*std::move(state)).leave().release();
+    return fits;
+  }
   std::optional<UniqueFd> process;
   if (session.process >= 0) process.emplace(session.process);
   SessionInfo info{.kind = session.kind,
@@ -85,13 +108,13 @@ Result<void> Manager::Impl::take_up(const Records::Session& session, Inherited& 
                    .pid = session.pid,
                    .uid = session.uid,
                    .image = state->image(),
-                   .lane = *lane,
+                   .lane = lane,
                    .state_file = identity_of(state->fd()),
                    .connection = nullptr};
-  Attachment attachment{.uffd = std::move(*uffd),
+  Attachment attachment{.uffd = Uffd::adopt(session.uffd, checked->features(), options_.system),
                         .state = std::move(*state),
                         .regions = {},
-                        .lane = *lane,
+                        .lane = lane,
                         .process = std::move(process),
                         .id = session.id,
                         .parent = session.parent,
@@ -100,51 +123,78 @@ Result<void> Manager::Impl::take_up(const Records::Session& session, Inherited& 
                         .may_adopt = [&](int fd) { return is_userfaultfd(fd) && !records.has_uffd(fd); }};
   if (session.kind != SessionKind::fork) use_working_set(attachment, info);
   // Before it is run, which may end it at once.
-  records.taken_up(session, *lane, memory);
+  records.taken_up(session, lane, memory);
   sessions_.emplace(session.id, info);
   Result<SessionId> id = engine_->attach(std::move(attachment));
-  if (!id) {
-    sessions_.erase(session.id);
-    records.remove(session.id);
-    return Failure(std::move(id).error());
-  }
+  // Its regions have been looked at.
+  CHECK(id);
   // A native client comes back by itself; its connection went with the worker.
   if (info.keeps_descriptor) loop_->after(kResumeMs, [this, own = *id] { leave(own); });
   return {};
 }
 
+void Manager::Impl::cannot_take_up(const Records::Session& session, const std::shared_ptr<StoreLane>& lane,
+                                   const std::shared_ptr<SharedImage>& memory) {
+  Records& records = *options_.records;
+  // Its client has descriptors of its own, and hands them over again when it can be served; but not those of
+  // children whose forks were not applied.
+  if (session.kind == SessionKind::native && SessionState::forks_in_inbox(session.state_file).empty()) {
+    records.give_up(session);
+    for (const int fd : {session.uffd, session.state_file, session.process}) UniqueFd(fd).reset();
+    return;
+  }
+  // For want of descriptors or memory, which others give back.
+  records.hold_image(session.image, lane.get());
+  loop_->after(kTakeUpAgainMs, [=, this] {
+    if (!take_up(session, lane, memory)) cannot_take_up(session, lane, memory);
+    options_.records->release_image(lane.get());
+  });
+}
+
 Result<void> Manager::Impl::take_up(const Records::Listener& listener, Inherited& inherited) {
+  std::shared_ptr<StoreLane> store;
+  std::optional<Error> damage;
+  if (listener.kind == ListenerKind::firecracker) {
+    Result<ImageCatalog::TakenUp> image = image_of(listener.image, inherited);
+    if (!image) return Failure(std::move(image).error());
+    store = image->lane;
+    damage = image->damage;
+  }
   ListeningSocket socket =
       ListeningSocket::take_up(UniqueFd(listener.socket), listener.path, listener.device, listener.inode);
+  const auto give_up = [&](const Error& error) {
+    log_.write(fmt::format("{} is listened at no more: {}", listener.path, error.text()));
+    options_.records->give_up(listener);
+    return Result<void>();
+  };
+  std::vector<Subject> allowed;
+  if (!listener.allow.empty()) {
+    Result<std::vector<Subject>> subjects = parse_subjects(listener.allow, Names::refuse);
+    if (!subjects) return give_up(subjects.error());
+    allowed = std::move(*subjects);
+  }
   if (listener.kind == ListenerKind::control) {
     options_.records->taken_up(listener, nullptr);
     control_ = std::move(socket);
     return loop_->add(control_->fd(), EPOLLIN, [this] { accept_control(); });
   }
-  const bool firecracker = listener.kind == ListenerKind::firecracker;
-  std::shared_ptr<StoreLane> store;
-  if (firecracker) {
-    Result<std::shared_ptr<StoreLane>> lane = image_of(listener.image, inherited);
-    if (!lane) return Failure(lane.error());
-    store = *lane;
-  }
-  std::vector<Subject> allowed;
-  if (!listener.allow.empty()) {
-    Result<std::vector<Subject>> subjects = parse_subjects(listener.allow, Names::refuse);
-    if (!subjects) return Failure(std::move(subjects).error());
-    allowed = std::move(*subjects);
-  }
   options_.records->taken_up(listener, store);
   const int fd = socket.fd();
   Listener& own = listeners_
                       .emplace(listener.path, Listener{.socket = std::move(socket),
-                                                       .kind = firecracker ? control::ListenKind::firecracker
-                                                                           : control::ListenKind::native,
+                                                       .kind = store ? control::ListenKind::firecracker
+                                                                     : control::ListenKind::native,
                                                        .image = store ? store->store()->name() : "",
                                                        .store = store,
-                                                       .allowed = std::move(allowed)})
+                                                       .allowed = std::move(allowed),
+                                                       .damage = std::move(damage)})
                       .first->second;
-  return loop_->add(fd, EPOLLIN, [this, &own] { accept(own); });
+  if (auto watched = loop_->add(fd, EPOLLIN, [this, &own] { accept(own); }); !watched) {
+    options_.records->remove_listener(fd);
+    log_.write(fmt::format("{} is listened at no more: {}", listener.path, watched.error().text()));
+    listeners_.erase(listener.path);
+  }
+  return {};
 }
 
 void Manager::Impl::take_up(UniqueFd socket) {

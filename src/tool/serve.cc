@@ -135,20 +135,26 @@ int serve(const Options& options, const std::vector<StoreFault>& faults, Records
                        .image_cache_bytes = ByteCount(options.image_cache_bytes),
                        .records = records});
   if (!manager) return report(manager.error());
-  if (auto allowed = allow_whom_the_options_name(**manager, options); !allowed)
-    return report(allowed.error());
   const bool takes_up = records != nullptr && records->shared().is_ready != 0;
+  const auto give_up = [&](const Error& error) {
+    report(error);
+    // Nothing may be closed or removed: the next worker takes it up.
+    if (takes_up) ::_exit(kExitFailed);
+    return kExitFailed;
+  };
+  if (auto allowed = allow_whom_the_options_name(**manager, options); !allowed)
+    return give_up(allowed.error());
   if (takes_up) {
-    if (auto taken = (*manager)->take_up(); !taken) return report(taken.error());
+    if (auto taken = (*manager)->take_up(); !taken) return give_up(taken.error());
     add_images(**manager, options);
   } else if (auto opened = open_everything(**manager, options); !opened) {
-    return report(opened.error());
+    return give_up(opened.error());
   }
-  if (auto signalled = (*manager)->stop_at_signals(); !signalled) return report(signalled.error());
+  if (auto signalled = (*manager)->stop_at_signals(); !signalled) return give_up(signalled.error());
   if (!options.no_sandbox)
     if (auto filtered = filter_system_calls(options.record ? ReplacesFiles::yes : ReplacesFiles::no);
         !filtered)
-      return report(filtered.error());
+      return give_up(filtered.error());
 
   if (!takes_up) {
     fmt::print("uffdkit: ready{}\n", (*manager)->listening());

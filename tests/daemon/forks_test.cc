@@ -24,6 +24,7 @@
 
 #include "daemon/fixture.h"
 #include "support/program.h"
+#include "support/sigbus.h"
 
 namespace uffdkit::test {
 namespace {
@@ -244,6 +245,27 @@ TEST_F(Forks, AChildOutlivesItsParentAndIsServedOn) {
   process.channel().send(1);
   EXPECT_EQ(process.channel().receive(), 1u) << manager_.log();
   EXPECT_TRUE(eventually([&] { return manager_.sessions() == 0; })) << manager_.log();
+}
+
+// Its userfaultfd has no other holder: closed, it would leave zeros.
+TEST_F(Forks, AChildWhoseImageIsGoneWhenAWorkerTakesOverGetsSigbusAndNoZeros) {
+  Child process = forking_client([](const ClientMemory& memory, const Channel& channel) {
+    memory.check(0);
+    fork_and_wait([&](const Channel&) {
+      memory.check(0);
+      channel.send(1);
+      channel.receive();
+      memory.check(0);
+      require(raises_sigbus(memory.bytes(100).data()), "a page that cannot be had raises no SIGBUS");
+    });
+  });
+  process.channel().receive();
+  image_.cut(0);
+  ::kill(manager_.worker_pid(), SIGKILL);
+  ASSERT_TRUE(eventually([&] { return manager_.count("takeovers") == 1; }));
+  EXPECT_EQ(manager_.sessions(), 2u) << manager_.log();
+  process.channel().send(1);
+  EXPECT_EQ(process.wait(), 0) << manager_.log();
 }
 
 TEST_F(Forks, ChildrenThatExitAreKilledOrExecuteAtAnyStageLeaveNothingBehind) {

@@ -1,6 +1,7 @@
 // Programs that use the client library: attached, changed, resumed at a successor, detached.
 #include <fcntl.h>
 #include <poll.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <uffdkit/client.h>
 #include <unistd.h>
@@ -59,6 +60,27 @@ TEST_F(Native, AttachingGivesTheWholeImage) {
     require(memory.size() == 512 * 4096, "the size is wrong");
     check(memory, 0, 512);
   });
+}
+
+// It has descriptors of its own: it is left alone, and hands them over again.
+TEST_F(Native, AClientWhoseImageIsGoneWhenAWorkerTakesOverWaitsUntilItIsBack) {
+  const ManagerProcess manager(directory_, options());
+  Child process = program([&](const test::Channel& channel) {
+    const RemoteMapping memory = take(attach(socket_, "guest"));
+    check(memory, 0, 1);
+    channel.send(1);
+    channel.receive();
+    check(memory, 0, 1);
+    check(memory, 100, 1);
+  });
+  process.channel().receive();
+  image_.cut(0);
+  ::kill(manager.worker_pid(), SIGKILL);
+  ASSERT_TRUE(eventually([&] { return manager.count("takeovers") == 1; }));
+  EXPECT_EQ(manager.sessions(), 0u) << manager.log();
+  process.channel().send(1);
+  const Image again(image_.path(), image_.pages());
+  EXPECT_EQ(process.wait(), 0) << manager.log();
 }
 
 TEST_F(Native, APartOfTheImageComesFromItsOffset) {

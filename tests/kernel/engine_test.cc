@@ -19,7 +19,8 @@ namespace {
 
 class NoListener final : public EngineListener {
   void session_ended(const SessionStatus&, SessionEnd) override {}
-  void session_forked(const SessionStatus&, const SessionFiles&) override {}
+  Result<void> session_forks(SessionId, SessionId, const SessionFiles&) override { return {}; }
+  void session_forked(const SessionStatus&) override {}
   void detach_failed(SessionId, const Error&) override {}
   void page_failed(SessionId, const Error&) override {}
   void warn(SessionId, const std::string&) override {}

@@ -42,7 +42,7 @@ class Host final : public SessionHost {
   bool kill_client() override { return false; }
   bool stop_client() override { return false; }
   void continue_client() override {}
-  void forked(std::unique_ptr<ForkedSession>) override {}
+  Result<void> forked(std::unique_ptr<ForkedSession>&) override { return {}; }
   void page_failed(const Error&) override {}
   void detach_failed(const Error&) override {}
   void warn(const std::string&) override {}

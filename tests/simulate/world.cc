@@ -119,7 +119,10 @@ struct Client final : SessionHost {
   }
   bool stop_client() override { return false; }
   void continue_client() override {}
-  void forked(std::unique_ptr<ForkedSession> born) override { newborn = std::move(born); }
+  Result<void> forked(std::unique_ptr<ForkedSession>& born) override {
+    newborn = std::move(born);
+    return {};
+  }
   void page_failed(const Error&) override {}
   void detach_failed(const Error&) override {}
   void warn(const std::string&) override {}

@@ -45,7 +45,7 @@ class FakeScheduler final : public ActorScheduler {
   void ended(SessionId) override { ++ended_calls; }
   std::function<void(ForkedSession)> on_fork = [](ForkedSession) {};
   std::function<void()> on_begin = [] {};
-  SessionId forked(SessionId, ForkedSession child) override {
+  Result<SessionId> forked(SessionId, ForkedSession& child) override {
     on_fork(std::move(child));
     return 2;
   }
@@ -56,7 +56,8 @@ class FakeListener final : public EngineListener {
  public:
   int ends = 0;
   void session_ended(const SessionStatus&, SessionEnd) override { ++ends; }
-  void session_forked(const SessionStatus&, const SessionFiles&) override {}
+  Result<void> session_forks(SessionId, SessionId, const SessionFiles&) override { return {}; }
+  void session_forked(const SessionStatus&) override {}
   void detach_failed(SessionId, const Error&) override {}
   void page_failed(SessionId, const Error&) override {}
   void warn(SessionId, const std::string&) override {}

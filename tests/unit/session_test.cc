@@ -4,6 +4,7 @@
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -222,6 +223,7 @@ class FakeHost final : public SessionHost {
   std::vector<std::string> warnings;
   std::vector<std::string> detach_failures;
   std::vector<std::unique_ptr<ForkedSession>> children;
+  bool takes_children = true;
 
   std::int64_t now_ns() override { return now; }
   std::span<std::byte> scratch() override { return scratch_; }
@@ -233,7 +235,11 @@ class FakeHost final : public SessionHost {
     return killable;
   }
   void continue_client() override { ++continues; }
-  void forked(std::unique_ptr<ForkedSession> child) override { children.push_back(std::move(child)); }
+  Result<void> forked(std::unique_ptr<ForkedSession>& child) override {
+    if (!takes_children) return Failure(Error("there is no place for it", ENOSPC));
+    children.push_back(std::move(child));
+    return {};
+  }
   void detach_failed(const Error& error) override { detach_failures.push_back(error.message()); }
   void page_failed(const Error& error) override { failures.push_back(error.message()); }
   void warn(const std::string& text) override { warnings.push_back(text); }
@@ -1393,6 +1399,85 @@ TEST_F(SessionTest, AForkWhoseDescriptorIsNotItsOwnIsLeftOut) {
   next.apply_inbox([](int) { return false; });
   EXPECT_TRUE(host_.children.empty());
   EXPECT_EQ(next.state().inbox()[0].event, 0);
+}
+
+// ---- children that cannot be served -----------------------------------------------------------------------
+
+class CondemnedChild : public SessionTest {
+ protected:
+  // A fork of a client that has got pages 0 to 3, and has given back 8 and 9.
+  void fork() {
+    kernel_.fault(pages(1));
+    kernel_.removed(pages(8, 2));
+    settle();
+    kernel_.messages.push_back(fork_message(77));
+    settle();
+  }
+  static abi::Msg fork_message(std::uint32_t child) {
+    return {.event = abi::kEventFork, .reserved = {}, .arg = {.fork = {.ufd = child}}};
+  }
+  bool is_poisoned(std::uint64_t page) const { return kernel_.poisoned.contains(pages(page).start.value); }
+  // What the child has not got would read as zero when its userfaultfd is closed.
+  void expect_only_what_is_missing_is_poisoned() const {
+    for (std::uint64_t page = 0; page < 1024; ++page)
+      EXPECT_EQ(is_poisoned(page), page > 3 && page != 8 && page != 9) << page;
+  }
+};
+
+TEST_F(CondemnedChild, ThatHasNoPlaceAnswersWithSigbusWhereItWouldReadZeros) {
+  host_.takes_children = false;
+  fork();
+  expect_only_what_is_missing_is_poisoned();
+  ASSERT_EQ(host_.warnings.size(), 1u);
+  EXPECT_NE(host_.warnings[0].find("SIGBUS"), std::string::npos) << host_.warnings[0];
+}
+
+TEST_F(CondemnedChild, ForWhoseStateThereIsNoDescriptorDoesSoToo) {
+  rlimit before;
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
+  const rlimit none{.rlim_cur = 0, .rlim_max = before.rlim_max};
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &none), 0);
+  fork();
+  EXPECT_EQ(::setrlimit(RLIMIT_NOFILE, &before), 0);
+  expect_only_what_is_missing_is_poisoned();
+  EXPECT_TRUE(host_.children.empty());
+}
+
+TEST_F(CondemnedChild, IsPoisonedBeforeItsForkCountsAsApplied) {
+  host_.takes_children = false;
+  std::size_t unapplied = 1;
+  kernel_.refuse = [&](const auto& call) {
+    if (call.request == abi::kIoctlPoison)
+      unapplied = SessionState::open(UniqueFd(::dup(session_.state().fd()))).value().unapplied();
+    return 0;
+  };
+  fork();
+  EXPECT_EQ(unapplied, 0u);
+}
+
+TEST_F(CondemnedChild, IsFollowedWhileItMovesAndForks) {
+  host_.takes_children = false;
+  // It does so before anything of it can be poisoned.
+  int put_off = 2;
+  kernel_.refuse = [&](const auto& call) {
+    if (call.request != abi::kIoctlPoison || put_off == 0) return 0;
+    if (--put_off == 0) {
+      kernel_.moved(pages(16, 4), pages(2000).start);
+      kernel_.messages.push_back(fork_message(78));
+    }
+    return EAGAIN;
+  };
+  fork();
+  for (const std::uint64_t page : {2000u, 2003u}) EXPECT_TRUE(is_poisoned(page)) << page;
+  EXPECT_FALSE(is_poisoned(2004));
+}
+
+TEST_F(CondemnedChild, WithoutAKernelThatPoisonsIsSaidToWait) {
+  host_.takes_children = false;
+  kernel_.refuse = [](const auto& call) { return call.request == abi::kIoctlPoison ? EINVAL : 0; };
+  fork();
+  ASSERT_EQ(host_.warnings.size(), 1u);
+  EXPECT_NE(host_.warnings[0].find("waits for ever"), std::string::npos) << host_.warnings[0];
 }
 
 TEST_F(SessionTest, ASessionThatIsTakenUpAgainWakesAlsoThreadsOutsideOfEveryRegion) {

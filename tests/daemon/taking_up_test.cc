@@ -1,0 +1,151 @@
+// Workers that take over and cannot have all that the one before had: nobody reads zeros or hangs for that.
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "daemon/fixture.h"
+#include "manager/manager.h"
+#include "manager/records.h"
+#include "support/native_connection.h"
+#include "support/program.h"
+#include "support/sigbus.h"
+
+namespace uffdkit::test {
+namespace {
+
+constexpr std::size_t kPages = 512;
+
+class TakingUp : public ManagerTest {
+ protected:
+  void end_worker() const { ::kill(manager_.worker_pid(), SIGKILL); }
+  bool another_takes_over(std::uint64_t takeovers = 1) const {
+    end_worker();
+    return eventually([&] { return manager_.count("takeovers") == takeovers; });
+  }
+  // Touches page 0 before the takeover and these after it, each of which either is right or raises SIGBUS;
+  // then, when the image is whole again, all.
+  Child touching(std::size_t right, std::size_t unreadable) const {
+    return client(image_, whole(image_), socket_, [=](const ClientMemory& memory, const Channel& channel) {
+      memory.check(0);
+      channel.send(1);
+      channel.receive();
+      memory.check(0);
+      memory.check(right);
+      require(raises_sigbus(memory.bytes(unreadable).data()), "it raises no SIGBUS");
+      channel.send(2);
+      channel.receive();
+      for (std::size_t page = 0; page < kPages; ++page)
+        if (page != unreadable) memory.check(page);
+    });
+  }
+
+  const Image image_{directory_ / "image", kPages};
+  const std::string socket_ = directory_ / "fc.sock";
+  const ManagerProcess manager_{directory_,
+                                {"--firecracker", socket_ + "=" + image_.path(), "--fault-around", "1"}};
+};
+
+TEST_F(TakingUp, WhatIsMissingOfAnImageThatIsGoneAnswersWithSigbusUntilItIsBack) {
+  Child process = touching(0, 100);
+  process.channel().receive();
+  image_.cut(0);
+  ASSERT_TRUE(another_takes_over()) << manager_.log();
+  process.channel().send(1);
+  EXPECT_EQ(process.channel().receive(), 2u) << manager_.log();
+  EXPECT_EQ(manager_.total("pages_poisoned"), 1u);
+  EXPECT_EQ(manager_.total("read_errors"), 1u);
+  const Image again(image_.path(), kPages);
+  process.channel().send(1);
+  EXPECT_EQ(process.wait(), 0) << manager_.log();
+}
+
+TEST_F(TakingUp, OfAnImageThatHasBecomeShorterTheRestIsServed) {
+  Child process = touching(50, 100);
+  process.channel().receive();
+  image_.cut(64);
+  ASSERT_TRUE(another_takes_over()) << manager_.log();
+  process.channel().send(1);
+  EXPECT_EQ(process.channel().receive(), 2u) << manager_.log();
+  const Image again(image_.path(), kPages);
+  process.channel().send(1);
+  EXPECT_EQ(process.wait(), 0) << manager_.log();
+}
+
+TEST_F(TakingUp, ASocketWhoseImageIsGoneStaysAndTurnsClientsAwayUntilAWorkerFindsItAgain) {
+  const auto listeners = manager_.status().at("listeners");
+  image_.cut(0);
+  ASSERT_TRUE(another_takes_over()) << manager_.log();
+  EXPECT_EQ(manager_.status().at("listeners"), listeners);
+  const UniqueFd refused = connect_to(socket_);
+  EXPECT_TRUE(eventually([&] { return manager_.count("clients_refused") == 1; })) << manager_.log();
+  const Image again(image_.path(), kPages);
+  ASSERT_TRUE(another_takes_over(2)) << manager_.log();
+  EXPECT_EQ(manager_.status().at("listeners"), listeners);
+  Child process = client(again, whole(again), socket_,
+                         [](const ClientMemory& memory, const Channel&) { memory.check_all(2, 1); });
+  EXPECT_EQ(process.wait(), 0) << manager_.log();
+}
+
+TEST_F(TakingUp, AWorkerThatCannotIsFollowedByOneThatCan) {
+  Child process =
+      client(image_, whole(image_), socket_, [](const ClientMemory& memory, const Channel& channel) {
+        memory.check(0);
+        channel.send(1);
+        channel.receive();
+        memory.check_all(2, 1);
+      });
+  process.channel().receive();
+  // No room for the stack of a thread.
+  std::uint64_t pages = 0;
+  std::ifstream("/proc/" + std::to_string(manager_.pid()) + "/statm") >> pages;
+  rlimit before;
+  rlimit tight;
+  ASSERT_EQ(::prlimit(manager_.pid(), RLIMIT_AS, nullptr, &before), 0);
+  tight = {.rlim_cur = pages * 4096 + (4u << 20), .rlim_max = before.rlim_max};
+  ASSERT_EQ(::prlimit(manager_.pid(), RLIMIT_AS, &tight, nullptr), 0);
+  end_worker();
+  EXPECT_TRUE(eventually([&] { return manager_.logged("start a thread"); })) << manager_.log();
+  ASSERT_EQ(::prlimit(manager_.pid(), RLIMIT_AS, &before, nullptr), 0);
+  EXPECT_TRUE(eventually([&] { return manager_.sessions() == 1; })) << manager_.log();
+  process.channel().send(1);
+  EXPECT_EQ(process.wait(), 0) << manager_.log();
+}
+
+// A worker in this process, whose table of descriptors is its own.
+class Recorded : public testing::TestWithParam<SessionKind> {};
+
+// Takes up one session that has no state file but another kind of file.
+void take_up_without_state(SessionKind kind) {
+  const std::unique_ptr<Records> records = take(Records::create());
+  const Uffd uffd = take(Uffd::create({.kernel_faults = false}));
+  const UniqueFd file(::memfd_create("no state", MFD_CLOEXEC));
+  require(::ftruncate(file.get(), 4096) == 0, "ftruncate");
+  const std::shared_ptr<StoreLane> lane = take(StoreLane::create(
+      take(open_file_store(file.get(), "image")), {}, UniqueFd(::fcntl(file.get(), F_DUPFD_CLOEXEC, 0))));
+  succeed(
+      records->add({.id = 1, .kind = kind, .uffd = uffd.fd(), .state_file = file.get(), .acknowledged = true},
+                   lane, nullptr));
+  records->shared().is_ready = 1;
+  const std::unique_ptr<Manager> manager = take(Manager::create({.records = records.get()}));
+  succeed(manager->take_up());
+  const bool stays = kind != SessionKind::native;
+  require(records->sessions().size() == (stays ? 1u : 0u), "the record");
+  require((::fcntl(uffd.fd(), F_GETFD) >= 0) == stays, "the userfaultfd");
+  ::_exit(0);
+}
+
+TEST_P(Recorded, SessionThatCannotBeTakenUpNowStaysOpenUnlessItsClientCanHandItOverAgain) {
+  Child worker = program([](const Channel&) { take_up_without_state(GetParam()); });
+  EXPECT_EQ(worker.wait(), 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(Kinds, Recorded,
+                         testing::Values(SessionKind::firecracker, SessionKind::native, SessionKind::fork));
+
+}  // namespace
+}  // namespace uffdkit::test
