@@ -27,10 +27,6 @@ constexpr milliseconds kSendLimit{5000};
 
 }  // namespace
 
-bool is_lost(const Error& error) {
-  return error.os_error() == ECONNRESET || error.os_error() == EPIPE;
-}
-
 Result<Channel> Channel::open(const std::string& path, milliseconds connect_limit, const Patience& patience) {
   Result<UniqueFd> socket = connect_unix(path, connect_limit);
   if (!socket) return Failure(std::move(socket).error());

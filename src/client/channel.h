@@ -23,9 +23,6 @@ struct Patience {
   int cancel_fd = -1;
 };
 
-// Whether an error of asking says that the manager has gone: another may answer.
-bool is_lost(const Error& error);
-
 class Channel {
  public:
   // Connects to the socket at `path` and says HELLO.

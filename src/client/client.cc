@@ -11,6 +11,7 @@
 #include "client/channel.h"
 #include "client/session.h"
 #include "wire/attach_request.h"
+#include "wire/unix_socket.h"
 
 namespace uffdkit {
 namespace {
@@ -223,7 +224,7 @@ Result<RemoteMapping> attach(const std::string& socket, const std::string& image
   const auto give_up = std::chrono::steady_clock::now() + options.limits.answer;
   for (;;) {
     Result<RemoteMapping> attached = RemoteMapping::attach_once(socket, image, options);
-    if (attached || !internal::is_lost(attached.error()) || std::chrono::steady_clock::now() >= give_up)
+    if (attached || !is_lost(attached.error()) || std::chrono::steady_clock::now() >= give_up)
       return attached;
     // A manager that was replaced while it was asked: the next one is asked.
     std::this_thread::sleep_for(std::chrono::milliseconds(2));

@@ -2,8 +2,6 @@
 
 #include <fcntl.h>
 #include <poll.h>
-#include <pthread.h>
-#include <signal.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -14,7 +12,9 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/signals_blocked.h"
 #include "wire/attach_request.h"
+#include "wire/unix_socket.h"
 
 namespace uffdkit::internal {
 namespace {
@@ -221,19 +221,12 @@ Result<void> RemoteSessionCore::detach(DetachWay way) {
 }
 
 Result<void> RemoteSessionCore::start_watcher() {
-  // The program's signal handlers may touch served memory, so they must not run on the watcher.
-  sigset_t all;
-  sigset_t before;
-  ::sigfillset(&all);
-  ::pthread_sigmask(SIG_SETMASK, &all, &before);
-  int os_error = 0;
+  const SignalsBlocked blocked;
   try {
     watcher_ = std::make_unique<std::thread>([this] { watch(); });
   } catch (const std::system_error& error) {
-    os_error = error.code().value();
+    return Failure(Error::from_errno("start a thread", error.code().value()));
   }
-  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  if (os_error != 0) return Failure(Error::from_errno("start a thread", os_error));
   return {};
 }
 

@@ -49,10 +49,6 @@ Result<nlohmann::json> ask_once(const std::string& socket, const control::Reques
 
 }  // namespace
 
-bool is_lost(const Error& error) {
-  return error.os_error() == ECONNRESET || error.os_error() == EPIPE;
-}
-
 Result<nlohmann::json> ask_manager(const std::string& socket, const control::Request& request) {
   // What changes something may have been done although nobody said so.
   const bool may_repeat = std::holds_alternative<control::Status>(request) ||

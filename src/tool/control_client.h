@@ -11,10 +11,8 @@
 namespace uffdkit::tool {
 
 // Sends one request and waits for its answer, some seconds. What only asks, or can be asked twice, is asked
-// again when the worker that was asked has been replaced. Errors: nobody listens; no answer; the manager's
-// own.
+// again when the worker that was asked has been replaced. Errors: nobody listens; no answer (is_lost(): the
+// connection ended before it came); the manager's own.
 Result<nlohmann::json> ask_manager(const std::string& socket, const control::Request& request);
-// Whether that error means that the manager's connection ended before the answer came.
-bool is_lost(const Error& error);
 
 }  // namespace uffdkit::tool

@@ -12,6 +12,7 @@
 
 #include "tool/command.h"
 #include "tool/control_client.h"
+#include "wire/unix_socket.h"
 
 namespace uffdkit::tool {
 namespace {

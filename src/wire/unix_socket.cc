@@ -299,6 +299,10 @@ Result<Piece> receive_some(int socket, std::span<std::byte> buffer) {
   return receive(socket, buffer, 0);
 }
 
+bool is_lost(const Error& error) {
+  return error.os_error() == ECONNRESET || error.os_error() == EPIPE;
+}
+
 Result<Piece> peek_some(int socket, std::span<std::byte> buffer) {
   return receive(socket, buffer, MSG_PEEK);
 }

@@ -87,6 +87,10 @@ Result<void> send_all(int socket, std::span<const std::byte> bytes, std::span<co
 // Errors: ECONNRESET (the peer went away with our bytes unread), or a bug's EBADF, ENOTSOCK.
 Result<Piece> receive_some(int socket, std::span<std::byte> buffer);
 
+// Whether an error of these means that the peer is gone, so that a request may be made to whoever is there
+// next.
+bool is_lost(const Error& error);
+
 // The same, but what it gives stays in the socket, its descriptors too, for whoever receives next. Each call
 // goes on behind the one before, from where peek_from_start() has set it. A descriptor may come more than
 // once.
