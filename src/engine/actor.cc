@@ -93,6 +93,8 @@ void Actor::fetched(std::unique_ptr<Fetch> fetch) {
     if (const std::optional<SessionEnd> end = session_.end()) {
       // Stays `running`: nobody runs it any more.
       close_mailbox();
+      // The place where it was counted may be another's from then on.
+      session_.count_in(nullptr);
       // Told before it is forgotten, so that what it has done is always counted somewhere.
       listener_.session_ended(status(), *end);
       scheduler_.ended(id_);
@@ -262,44 +264,49 @@ void Actor::update_shape() {
 }
 
 SessionStatus Actor::status() const {
-  const SessionCounters& counters = session_.counters();
-  const auto value = [](const std::atomic<std::uint64_t>& counter) {
+  const SessionWaiting& waiting = session_.waiting();
+  const std::int64_t oldest = waiting.oldest_since_ns.load(std::memory_order_relaxed);
+  SessionStatus status{.id = id_,
+                       .parent = parent_,
+                       .sharing = sharing_.load(std::memory_order_relaxed),
+                       .image = session_.state().image(),
+                       .memory_bytes = memory_bytes_.load(std::memory_order_relaxed),
+                       .regions = regions_.load(std::memory_order_relaxed),
+                       .pending = waiting.pending.load(std::memory_order_relaxed),
+                       .paused = waiting.paused.load(std::memory_order_relaxed),
+                       .oldest_page = waiting.oldest_page.load(std::memory_order_relaxed),
+                       .oldest_offset = waiting.oldest_offset.load(std::memory_order_relaxed),
+                       .oldest_why = waiting.oldest_why.load(std::memory_order_relaxed),
+                       .oldest_pending_ns = oldest == 0 ? 0 : threads_.now_ns() - oldest};
+  set_counts(status, session_.counters());
+  return status;
+}
+
+void set_counts(SessionStatus& status, const SessionCounters& counters) {
+  const auto value = [](const SessionCounters::Counter& counter) {
     return counter.load(std::memory_order_relaxed);
   };
-  const std::int64_t oldest = counters.oldest_since_ns.load(std::memory_order_relaxed);
-  return {.id = id_,
-          .parent = parent_,
-          .sharing = sharing_.load(std::memory_order_relaxed),
-          .image = session_.state().image(),
-          .memory_bytes = value(memory_bytes_),
-          .regions = regions_.load(std::memory_order_relaxed),
-          .faults = value(counters.faults),
-          .faults_merged = value(counters.faults_merged),
-          .events = value(counters.events),
-          .pages_copied = value(counters.pages_copied),
-          .pages_zeroed = value(counters.pages_zeroed),
-          .pages_shared = value(counters.pages_shared),
-          .pages_removed = value(counters.pages_removed),
-          .pages_poisoned = value(counters.pages_poisoned),
-          .pages_outside = value(counters.pages_outside),
-          .bytes_read = value(counters.bytes_read),
-          .fetches = value(counters.fetches),
-          .retries = value(counters.retries),
-          .read_retries = value(counters.read_retries),
-          .read_errors = value(counters.read_errors),
-          .pages_prefetched = value(counters.pages_prefetched),
-          .pages_background = value(counters.pages_background),
-          .prefetch_late = value(counters.prefetch_late),
-          .prefetch_missed = value(counters.prefetch_missed),
-          .prefetch_left_out = value(counters.prefetch_left_out),
-          .prefetch_left_out_used = value(counters.prefetch_left_out_used),
-          .prefetch_given_up = value(counters.prefetch_given_up) != 0,
-          .pending = value(counters.pending),
-          .paused = counters.paused.load(std::memory_order_relaxed),
-          .oldest_page = value(counters.oldest_page),
-          .oldest_offset = value(counters.oldest_offset),
-          .oldest_why = counters.oldest_why.load(std::memory_order_relaxed),
-          .oldest_pending_ns = oldest == 0 ? 0 : threads_.now_ns() - oldest};
+  status.faults = value(counters.faults);
+  status.faults_merged = value(counters.faults_merged);
+  status.events = value(counters.events);
+  status.pages_copied = value(counters.pages_copied);
+  status.pages_zeroed = value(counters.pages_zeroed);
+  status.pages_shared = value(counters.pages_shared);
+  status.pages_removed = value(counters.pages_removed);
+  status.pages_poisoned = value(counters.pages_poisoned);
+  status.pages_outside = value(counters.pages_outside);
+  status.bytes_read = value(counters.bytes_read);
+  status.fetches = value(counters.fetches);
+  status.retries = value(counters.retries);
+  status.read_retries = value(counters.read_retries);
+  status.read_errors = value(counters.read_errors);
+  status.pages_prefetched = value(counters.pages_prefetched);
+  status.pages_background = value(counters.pages_background);
+  status.prefetch_late = value(counters.prefetch_late);
+  status.prefetch_missed = value(counters.prefetch_missed);
+  status.prefetch_left_out = value(counters.prefetch_left_out);
+  status.prefetch_left_out_used = value(counters.prefetch_left_out_used);
+  status.prefetch_given_up = value(counters.prefetch_given_up) != 0;
 }
 
 Result<void> Actor::forked(std::unique_ptr<ForkedSession>& session) {

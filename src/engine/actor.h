@@ -68,6 +68,8 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
 
   // Runs what was posted, before anybody else can run it; no fault is read yet.
   void prepare();
+  // Before the first run: see Session::count_in.
+  void count_in(SessionCounters* counters) { session_.count_in(counters); }
   // Lets nobody run it before begin().
   void hold() { run_state_.store(RunState::running); }
   // The caller schedules.

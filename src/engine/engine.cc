@@ -463,8 +463,13 @@ Result<SessionId> Engine::Shared::attach(Attachment attachment) {
   actor->prepare();
   if (refused) return Failure(*std::move(refused));
   step();
-  if (attachment.begins)
-    if (auto begun = attachment.begins(id); !begun) return Failure(std::move(begun).error());
+  SessionCounters* counters = attachment.counters;
+  if (attachment.begins) {
+    const Result<SessionCounters*> begun = attachment.begins(id);
+    if (!begun) return Failure(begun.error());
+    counters = *begun;
+  }
+  if (counters != nullptr) actor->count_in(counters);
   // One that had its number before is not given up: it is watched when there is memory for that.
   const bool is_new = attachment.id == 0;
   if (auto admitted = admit(id, actor, is_new); !admitted) return Failure(std::move(admitted).error());
@@ -496,10 +501,9 @@ Result<void> Engine::Shared::admit(SessionId id, const std::shared_ptr<Actor>& a
 
 Result<SessionId> Engine::Shared::forked(SessionId parent, ForkedSession& child) {
   const SessionId id = next_session();
-  if (auto may =
-          listener_.session_forks(parent, id, {.uffd = child.uffd.fd(), .state_file = child.state.fd()});
-      !may)
-    return Failure(std::move(may).error());
+  const Result<SessionCounters*> counters =
+      listener_.session_forks(parent, id, {.uffd = child.uffd.fd(), .state_file = child.state.fd()});
+  if (!counters) return Failure(counters.error());
   auto actor = std::make_shared<Actor>(id, parent, std::move(child.uffd), std::move(child.state),
                                        std::move(child.lanes), options_.session, std::nullopt, *this,
                                        listener_, threads_);
@@ -510,6 +514,7 @@ Result<SessionId> Engine::Shared::forked(SessionId parent, ForkedSession& child)
     return true;
   });
   actor->prepare();
+  if (*counters != nullptr) actor->count_in(*counters);
   actor->hold();
   {
     const std::lock_guard lock(sessions_mutex_);

@@ -58,12 +58,15 @@ struct SessionStatus {
   bool prefetch_given_up = false;
   std::uint64_t pending = 0;
   bool paused = false;
-  // Of the oldest pending fault, if there is one; see SessionCounters. Not all from one instant.
+  // Of the oldest pending fault, if there is one; see SessionWaiting. Not all from one instant.
   std::uint64_t oldest_page = 0;
-  std::uint64_t oldest_offset = SessionCounters::kNoOffset;
+  std::uint64_t oldest_offset = SessionWaiting::kNoOffset;
   PendingWhy oldest_why = PendingWhy::serving;
   std::int64_t oldest_pending_ns = 0;  // age of the oldest pending fault; 0 without one
 };
+
+// Has the status say what these have counted.
+void set_counts(SessionStatus& status, const SessionCounters& counters);
 
 // Its descriptors, which are open for as long as it is not said to have ended.
 struct SessionFiles {
@@ -77,9 +80,10 @@ class EngineListener {
   virtual ~EngineListener() = default;
   // The session serves nothing any more, and its descriptor is about to be closed.
   virtual void session_ended(const SessionStatus& session, SessionEnd end) = 0;
-  // The client of `parent` has forked, and its child is to be served as session `child`. An error refuses
-  // that: then what it has not got answers with SIGBUS.
-  virtual Result<void> session_forks(SessionId parent, SessionId child, const SessionFiles& files) = 0;
+  // The client of `parent` has forked, and its child is to be served as session `child`. Where it is to be
+  // counted: see Attachment::begins. An error refuses it: then what it has not got answers with SIGBUS.
+  virtual Result<SessionCounters*> session_forks(SessionId parent, SessionId child,
+                                                 const SessionFiles& files) = 0;
   // It is served: from the return of this call on.
   virtual void session_forked(const SessionStatus& session) = 0;
   // Detaching was given up, because a page cannot be had; the session goes on.
@@ -116,16 +120,18 @@ struct Attachment {
   std::vector<RegionSpec> regions;  // in addition to those that `state` has
   std::shared_ptr<StoreLane> lane;
   std::optional<UniqueFd> process;  // pidfd of the client; none: nobody tells of its end
-  // Of a session that is taken up with the number that it had: it, its parent, and the memory of its image
-  // which it shares. 0 and nullptr for none.
+  // Of a session that is taken up with the number that it had: it, its parent, where it is counted, and the
+  // memory of its image which it shares. 0 and nullptr for none.
   SessionId id = 0;
   SessionId parent = 0;
+  SessionCounters* counters = nullptr;
   std::shared_ptr<SharedImage> shared = nullptr;
   // Notes what is asked for of the image of `lane`; and what of it to bring before. nullptr for neither.
   std::shared_ptr<AccessRecord> record = nullptr;
   std::shared_ptr<const PrefetchOrder> prefetch = nullptr;
-  // Hears the session's number when all else is done, before it is run; an error refuses it.
-  std::function<Result<void>(SessionId)> begins = nullptr;
+  // Hears the session's number when all else is done, before it is run, and says where it is to be counted,
+  // until session_ended() is called; nullptr: in the session. An error refuses it.
+  std::function<Result<SessionCounters*>(SessionId)> begins = nullptr;
   // Whether a descriptor that a fork message in `state` names is the child's still; see Session::apply_inbox.
   std::function<bool(int)> may_adopt = nullptr;
 };

@@ -26,7 +26,9 @@ AddressRange range_of(void* memory, ByteCount length) {
 // Errors reach the program as SIGBUS of the page concerned; whoever wants the reason asks the store.
 class SilentListener final : public EngineListener {
   void session_ended(const SessionStatus&, SessionEnd) override {}
-  Result<void> session_forks(SessionId, SessionId, const SessionFiles&) override { return {}; }
+  Result<SessionCounters*> session_forks(SessionId, SessionId, const SessionFiles&) override {
+    return nullptr;
+  }
   void session_forked(const SessionStatus&) override {}
   void detach_failed(SessionId, const Error&) override {}
   void page_failed(SessionId, const Error&) override {}

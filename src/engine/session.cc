@@ -127,6 +127,16 @@ void Session::wake_all() {
   // 32-bit one.
   if (!uffd_.wake(kAllAddresses)) wake(kAllAddresses32);
 }
+
+void Session::count_in(SessionCounters* counters) {
+  if (counters == nullptr) {
+    own_counters_.set_to_sum(*counters_, SessionCounters());
+    counters = &own_counters_;
+  }
+  counters_ = counters;
+  shown_counters_.store(counters, std::memory_order_release);
+}
+
 // ---- a step -----------------------------------------------------------------------------------------------
 
 [[gnu::hot]] Session::Next Session::step() {
@@ -137,7 +147,7 @@ void Session::wake_all() {
   if (!end_ && check_target_at_ns_ != 0 && check_target_at_ns_ <= host_.now_ns()) check_target();
   if (!end_) all_read = drain();
   // For the watchdog, in case that serving it does not come back from the kernel.
-  if (!pending_.empty() && counters_.oldest_since_ns.load(std::memory_order_relaxed) == 0) publish_pending();
+  if (!pending_.empty() && waiting_.oldest_since_ns.load(std::memory_order_relaxed) == 0) publish_pending();
   if (!end_ && !ending_ && !returned_.empty()) install_returned();
   if (!end_ && !ending_) all_served = serve_pending();
   if (!end_ && !ending_ && detaching_) populating = populate();
@@ -173,23 +183,23 @@ void Session::wake_all() {
 }
 
 [[gnu::hot]] void Session::publish_pending() {
-  counters_.pending.store(pending_.size(), std::memory_order_relaxed);
+  waiting_.pending.store(pending_.size(), std::memory_order_relaxed);
   const auto oldest = std::ranges::min_element(pending_, {}, &Pending::since_ns);
-  if (oldest == pending_.end()) return counters_.oldest_since_ns.store(0, std::memory_order_relaxed);
+  if (oldest == pending_.end()) return waiting_.oldest_since_ns.store(0, std::memory_order_relaxed);
   const Segment* segment = state_.layout().find(oldest->page);
   const bool has_offset = segment != nullptr && segment->region != kZeroRegion;
   publish_oldest(
       oldest->page,
-      has_offset ? offset_of(*segment, segment->granule_at(oldest->page)).value : SessionCounters::kNoOffset,
+      has_offset ? offset_of(*segment, segment->granule_at(oldest->page)).value : SessionWaiting::kNoOffset,
       why(*oldest), oldest->since_ns);
 }
 
 [[gnu::always_inline]] inline void Session::publish_oldest(Address page, std::uint64_t offset, PendingWhy why,
                                                            std::int64_t since_ns) {
-  counters_.oldest_page.store(page.value, std::memory_order_relaxed);
-  counters_.oldest_offset.store(offset, std::memory_order_relaxed);
-  counters_.oldest_why.store(why, std::memory_order_relaxed);
-  counters_.oldest_since_ns.store(since_ns, std::memory_order_relaxed);
+  waiting_.oldest_page.store(page.value, std::memory_order_relaxed);
+  waiting_.oldest_offset.store(offset, std::memory_order_relaxed);
+  waiting_.oldest_why.store(why, std::memory_order_relaxed);
+  waiting_.oldest_since_ns.store(since_ns, std::memory_order_relaxed);
 }
 
 PendingWhy Session::why(const Pending& pending) {
@@ -266,14 +276,14 @@ PendingWhy Session::why(const Pending& pending) {
   const StoreOffset wanted_offset = offset + kPage4K.bytes(wanted - run.first);
   if (store.extent_at(wanted_offset).zero) return false;
 
-  counters_.pending.store(1, std::memory_order_relaxed);
+  waiting_.pending.store(1, std::memory_order_relaxed);
   const std::int64_t now = host_.now_ns();
   publish_oldest(segment->address_of(wanted), wanted_offset.value, PendingWhy::serving, now);
   const std::span<std::byte> buffer = host_.scratch().first(kPage4K.bytes(run.count).value);
   const Result<ReadStatus> read = store.read(offset, buffer, Wait::no);
   if (!read || *read != ReadStatus::done) return false;
-  add(counters_.faults);
-  add(counters_.bytes_read, buffer.size());
+  add(counters_->faults);
+  add(counters_->bytes_read, buffer.size());
   if (streams_ && streams_->wanted(segment->region, wanted))
     stream_went_on();
   else if (notes_wanted_)
@@ -282,7 +292,7 @@ PendingWhy Session::why(const Pending& pending) {
     const Outcome outcome = uffd_.copy(segment->address_of(wanted), buffer);
     if (outcome.stop == Stop::complete) {
       table.set(wanted, PageState::installed);
-      add(counters_.pages_copied);
+      add(counters_->pages_copied);
       return true;
     }
     if (outcome.stop == Stop::changing) {
@@ -306,7 +316,7 @@ PendingWhy Session::why(const Pending& pending) {
 
 std::uint64_t Session::apply(const Message& event, std::uint8_t kind) {
   // Somebody else has let the client go on, and what lies where may not be what it was.
-  if (counters_.paused.load(std::memory_order_relaxed)) unpause();
+  if (waiting_.paused.load(std::memory_order_relaxed)) unpause();
   if (const auto* removed = std::get_if<RemoveEvent>(&event)) {
     apply(*removed);
     return kPage4K.pages(removed->range.length).value;
@@ -341,13 +351,13 @@ void Session::apply_inbox(const std::function<bool(int)>& may_adopt) {
 }
 
 [[gnu::always_inline]] inline void Session::take(const Fault& fault) {
-  add(counters_.faults);
+  add(counters_->faults);
   const Segment* segment = state_.layout().find(fault.address);
   const PageSize page_size = segment != nullptr ? segment->page_size : kPage4K;
   const Address page(page_size.round_down(fault.address.value));
   for (const Pending& known : pending_) {
     if (known.page != page || known.page_size != page_size || known.kind != fault.kind) continue;
-    add(counters_.faults_merged);
+    add(counters_->faults_merged);
     return;
   }
   if (pending_.size() == kPendingMax) {
@@ -358,25 +368,25 @@ void Session::apply_inbox(const std::function<bool(int)>& may_adopt) {
 }
 
 void Session::apply(const RemoveEvent& event) {
-  add(counters_.events);
+  add(counters_->events);
   for (const RegionPart& part : state_.layout().parts_in(event.range)) {
     // There the kernel shows what is in the image's memory, now and later: so do we.
     const SharingMode sharing = state_.regions()[part.region].sharing;
     if (sharing != SharingMode::page_cache) state_.table(part.region).set(part.granules, PageState::removed);
     // That has to become zero before the memory is left to itself.
     if (sharing == SharingMode::resolve) populate_again_from(event.range.start);
-    add(counters_.pages_removed, part.granules.count.value);
+    add(counters_->pages_removed, part.granules.count.value);
   }
 }
 
 void Session::apply(const UnmapEvent& event) {
-  add(counters_.events);
+  add(counters_->events);
   if (auto erased = state_.erase(event.range); !erased) fail(erased.error().message());
   forget_dropped_regions();
 }
 
 void Session::apply(const RemapEvent& event) {
-  add(counters_.events);
+  add(counters_->events);
   // Without a length it is a second mapping of the same file.
   auto moved = event.from.length.value != 0 ? state_.move(event.from, event.to)
                                             : state_.map_again(event.from.start, event.to);
@@ -386,7 +396,7 @@ void Session::apply(const RemapEvent& event) {
 }
 
 void Session::apply(const ForkEvent& event) {
-  add(counters_.events);
+  add(counters_->events);
   // The kernel made the child's with the features of its parent's.
   Uffd child = uffd_.adopt_child(event.child_fd);
   // What the parent's memory holds, the child's holds too: nothing was filled since fork(2) began, because
@@ -489,7 +499,7 @@ void Session::apply(const ForkEvent& event) {
     state_.table(segment->region).set(page_of(*segment, wanted), PageState::absent);
     return put_off(pending);
   }
-  add(counters_.faults_merged);
+  add(counters_->faults_merged);
   pending.fetch = brings->id;
   return Served::fetching;
 }
@@ -510,7 +520,7 @@ void Session::apply(const ForkEvent& event) {
   const std::span<std::byte> buffer = host_.scratch().first(kPage4K.bytes(run.count).value);
   const Result<ReadStatus> read = store.read(offset_of(segment, run.first), buffer, Wait::no);
   if (read && *read == ReadStatus::done) {
-    add(counters_.bytes_read, buffer.size());
+    add(counters_->bytes_read, buffer.size());
     return served_by(install_part(segment, run, buffer, wanted), pending, segment, wanted);
   }
   // Not at hand, or not readable: a thread that may wait finds out.
@@ -533,7 +543,7 @@ Session::Served Session::serve_outside(Pending& pending, PageSize page_size) {
   const Outcome outcome = zero_once(page.start, page_size, kPage4K.pages(page.length));
   switch (outcome.stop) {
     case Stop::complete:
-      add(counters_.pages_outside);
+      add(counters_->pages_outside);
       return Served::done;
     case Stop::changing:
     case Stop::no_memory:
@@ -653,7 +663,7 @@ std::optional<bool> Session::has_grown_over(Address page) {
 
 Session::Served Session::put_off(Pending& pending, bool no_memory) {
   pending.no_memory = no_memory;
-  add(counters_.retries);
+  add(counters_->retries);
   pending.not_before_ns = host_.now_ns() + put_off_ns(pending.attempts++);
   return Served::put_off;
 }
@@ -706,9 +716,9 @@ bool Session::is_brought(const Segment& segment, PageRange run) {
 
 [[gnu::hot]] Session::Put Session::put(const Segment& segment, PageRange run, Contents contents) {
   const PageCount page = granules_per_page(segment);
-  std::atomic<std::uint64_t>& counter = contents.kind == Contents::Kind::zeros    ? counters_.pages_zeroed
-                                        : contents.kind == Contents::Kind::shared ? counters_.pages_shared
-                                                                                  : counters_.pages_copied;
+  std::atomic<std::uint64_t>& counter = contents.kind == Contents::Kind::zeros    ? counters_->pages_zeroed
+                                        : contents.kind == Contents::Kind::shared ? counters_->pages_shared
+                                                                                  : counters_->pages_copied;
   bool one_by_one = contents.kind == Contents::Kind::zeros && page > kOneGranule;
   Put result = Put::done;
   // Readers of a page that cannot be there try again, and hear from the kernel what is wrong.
@@ -849,7 +859,7 @@ bool Session::poison(const Segment& segment, PageIndex granule) {
   const Outcome outcome = uffd_.poison(memory);
   switch (outcome.stop) {
     case Stop::complete:
-      add(counters_.pages_poisoned, page.count.value);
+      add(counters_->pages_poisoned, page.count.value);
       return true;
     case Stop::changing:
     case Stop::no_memory:

@@ -3,10 +3,10 @@
 // A session is a state machine without threads, clocks or sleeps of its own. Whoever owns it calls step()
 // when its userfaultfd can be read, when a fetch has come back, or when the time has come that the last step
 // named. So the same code runs under the engine's threads and, step by step, under a test's control. Threads:
-// one at a time; SessionCounters may be read from any. Invariants: a granule is `fetching` exactly while one
-// Fetch in fetches_ holds it; bytes are installed only where the granule is still `fetching` or has been
-// planned in the same step, or (see session_prefetch.cc) `absent`, so nothing that was removed, unmapped or
-// moved while it was read arrives.
+// one at a time; what counters() and waiting() give may be read from any. Invariants: a granule is `fetching`
+// exactly while one Fetch in fetches_ holds it; bytes are installed only where the granule is still
+// `fetching` or has been planned in the same step, or (see session_prefetch.cc) `absent`, so nothing that was
+// removed, unmapped or moved while it was read arrives.
 #pragma once
 
 #include <uffdkit/error.h>
@@ -31,6 +31,7 @@
 #include "engine/io_budget.h"
 #include "engine/plan.h"
 #include "engine/prefetch_order.h"
+#include "engine/session_counters.h"
 #include "engine/session_state.h"
 #include "engine/shared_image.h"
 #include "engine/store_lane.h"
@@ -48,35 +49,12 @@ enum class PendingWhy : std::uint8_t {
   paused,     // it cannot be read, and the client is stopped
 };
 
-// What a session has done. Written by its owner only.
-struct SessionCounters {
+// What a session's client waits for. Written by its owner only.
+struct SessionWaiting {
   static constexpr std::uint64_t kNoOffset = ~std::uint64_t{0};
 
-  std::atomic<std::uint64_t> faults{0};            // fault messages read
-  std::atomic<std::uint64_t> faults_merged{0};     // of these, for a page that was being brought already
-  std::atomic<std::uint64_t> events{0};            // remove, unmap and remap messages
-  std::atomic<std::uint64_t> pages_copied{0};      // 4 KiB pages filled with bytes
-  std::atomic<std::uint64_t> pages_zeroed{0};      // 4 KiB pages mapped as zero
-  std::atomic<std::uint64_t> pages_shared{0};      // 4 KiB pages shown from memory that clients share
-  std::atomic<std::uint64_t> pages_removed{0};     // 4 KiB pages given back by the client
-  std::atomic<std::uint64_t> pages_poisoned{0};    // 4 KiB pages that answer with SIGBUS
-  std::atomic<std::uint64_t> pages_outside{0};     // faults outside of every region, answered with zero
-  std::atomic<std::uint64_t> bytes_read{0};        // from the store
-  std::atomic<std::uint64_t> fetches{0};           // reads that had to wait for the store
-  std::atomic<std::uint64_t> retries{0};           // attempts that the kernel put off (EAGAIN, ENOMEM)
-  std::atomic<std::uint64_t> read_retries{0};      // reads tried again, because pages could not be read
-  std::atomic<std::uint64_t> read_errors{0};       // pages that the store could not give
-  std::atomic<std::uint64_t> pages_prefetched{0};  // 4 KiB pages filled before they were asked for
-  std::atomic<std::uint64_t> pages_background{0};  // likewise, of which nothing said that they would be
-  // Pages of the working set that were asked for before they came; pages that are not in it; those that were
-  // left out to see whether they are asked for, and of these those that were. See image::WorkingSetRun.
-  std::atomic<std::uint64_t> prefetch_late{0};
-  std::atomic<std::uint64_t> prefetch_missed{0};
-  std::atomic<std::uint64_t> prefetch_left_out{0};
-  std::atomic<std::uint64_t> prefetch_left_out_used{0};
-  std::atomic<std::uint64_t> prefetch_given_up{0};  // 1: for the sake of faults, or for want of memory
-  std::atomic<std::uint64_t> pending{0};            // faults under way
-  std::atomic<std::int64_t> oldest_since_ns{0};     // when the oldest of them was read; 0 without one
+  std::atomic<std::uint64_t> pending{0};         // faults under way
+  std::atomic<std::int64_t> oldest_since_ns{0};  // when the oldest of them was read; 0 without one
   // Of that one: its page's address, where its image has it (kNoOffset: nowhere), and why.
   std::atomic<std::uint64_t> oldest_page{0};
   std::atomic<std::uint64_t> oldest_offset{0};
@@ -184,7 +162,11 @@ class Session {
 
   const Uffd& uffd() const { return uffd_; }
   const SessionState& state() const { return state_; }
-  const SessionCounters& counters() const { return counters_; }
+  // From any thread.
+  const SessionCounters& counters() const { return *shown_counters_.load(std::memory_order_acquire); }
+  const SessionWaiting& waiting() const { return waiting_; }
+  // Counts there from now on, from what is there; nullptr: in the session itself, with a copy of that.
+  void count_in(SessionCounters* counters);
   std::optional<SessionEnd> end() const { return end_; }
 
   // `memory`, registered for missing faults already or soon, shows the store from `offset` on from now on.
@@ -510,7 +492,10 @@ class Session {
   std::uint64_t last_serial_ = 0;
   SessionOptions options_;
   SessionHost& host_;
-  SessionCounters counters_;
+  SessionCounters own_counters_;
+  SessionCounters* counters_ = &own_counters_;
+  std::atomic<const SessionCounters*> shown_counters_{&own_counters_};
+  SessionWaiting waiting_;
 
   std::vector<Pending> pending_;
   bool overflowed_ = false;  // faults were not kept; wake_all() brings them back

@@ -42,7 +42,7 @@ void Session::release() {
 }
 
 void Session::watch_target() {
-  const std::uint64_t faults = counters_.faults.load(std::memory_order_relaxed);
+  const std::uint64_t faults = counters_->faults.load(std::memory_order_relaxed);
   const bool idle = check_target_at_ns_ != 0 && faults == faults_at_check_;
   target_check_ns_ = idle ? std::min(target_check_ns_ * 2, kTargetCheckMaxNs) : kTargetCheckFirstNs;
   faults_at_check_ = faults;

@@ -49,7 +49,7 @@ std::uint64_t Session::start_fetch(const Segment& segment, PageRange run) {
                       .lane = lane,
                       .granules = run,
                       .since_ns = host_.now_ns()});
-  add(counters_.fetches);
+  add(counters_->fetches);
   host_.start_fetch(*lane, std::move(fetch));
   return last_fetch_;
 }
@@ -73,8 +73,8 @@ void Session::install(std::unique_ptr<Fetch> read) {
   fetches_.erase(found);
   came_late(fetch.since_ns);
   for (Pending& pending : pending_) pending.blocked = false;
-  if (!read->shared) add(counters_.bytes_read, read->bytes().value);
-  add(counters_.read_retries, read->retries);
+  if (!read->shared) add(counters_->bytes_read, read->bytes().value);
+  add(counters_->read_retries, read->retries);
   // The region may be gone, and its number and its table another's.
   if (!is_current(fetch)) return settle_pending(fetch, Put::done);
   if (read->failed.any()) settle_failed_pages(fetch, *read);
@@ -177,7 +177,7 @@ void Session::give_up(const UnderWay& fetch, const Segment& segment, PageIndex f
   const bool condemns = demanded || (detaching_ && unreadable_ == Unreadable::poison);
   if (demanded && options_.on_error == OnError::pause && pause(fetch, address, error)) {
     table.set(page, PageState::absent);
-    add(counters_.read_errors);
+    add(counters_->read_errors);
     return host_.page_failed(error);
   }
   table.set(page, condemns ? PageState::poisoned : PageState::absent);
@@ -185,7 +185,7 @@ void Session::give_up(const UnderWay& fetch, const Segment& segment, PageIndex f
     if (std::exchange(detaching_, false)) host_.detach_failed(error);
     return;
   }
-  add(counters_.read_errors);
+  add(counters_->read_errors);
   host_.page_failed(error);
   if (demanded && options_.on_error == OnError::kill && host_.kill_client()) {
     host_.warn("its client was killed, which needs a page that cannot be read");
@@ -204,14 +204,14 @@ bool Session::pause(const UnderWay& fetch, Address page, const Error& error) {
   for (Pending& pending : pending_)
     if (pending.fetch == fetch.id && pending.page == page) pending.paused = true;
   stopped_ = true;
-  counters_.paused.store(true, std::memory_order_relaxed);
+  waiting_.paused.store(true, std::memory_order_relaxed);
   host_.warn("its client was stopped, which needs a page that cannot be read");
   return true;
 }
 
 void Session::unpause() {
   for (Pending& pending : pending_) pending.paused = false;
-  counters_.paused.store(false, std::memory_order_relaxed);
+  waiting_.paused.store(false, std::memory_order_relaxed);
 }
 
 void Session::resume() {

@@ -94,7 +94,7 @@ bool Session::condemn_run(const Segment& segment, PageIndex first, PageIndex end
   const PageRange run{page.first, run_end - page.first};
   const Outcome outcome = uffd_.poison({segment.address_of(run.first), kPage4K.bytes(run.count)});
   const PageCount poisoned = kPage4K.pages(outcome.done);
-  add(counters_.pages_poisoned, poisoned.value);
+  add(counters_->pages_poisoned, poisoned.value);
   switch (outcome.stop) {
     case Stop::complete:
     case Stop::cut_short:
@@ -143,7 +143,7 @@ bool Session::populate_run(const Segment& segment, PageRange run) {
   const std::span<std::byte> buffer = host_.scratch().first(kPage4K.bytes(run.count).value);
   const Result<ReadStatus> read = store.read(offset_of(segment, run.first), buffer, Wait::no);
   if (!read || *read != ReadStatus::done) return populate_by_fetch(segment, run);
-  add(counters_.bytes_read, buffer.size());
+  add(counters_->bytes_read, buffer.size());
   return populated(install_part(segment, run, buffer, std::nullopt), segment, run);
 }
 

@@ -117,8 +117,8 @@ void Session::note_wanted(const Segment& segment, PageIndex granule) {
   const bool has_order = prefetching_->order && serving.lane == prefetching_->lane;
   if (!has_order || !prefetching_->order->has(page)) prefetching_->missed_at_ns = host_.now_ns();
   if (!has_order) return;
-  if (!prefetching_->order->has(page)) return add(counters_.prefetch_missed);
-  add(is_left_out(page) ? counters_.prefetch_left_out_used : counters_.prefetch_late);
+  if (!prefetching_->order->has(page)) return add(counters_->prefetch_missed);
+  add(is_left_out(page) ? counters_->prefetch_left_out_used : counters_->prefetch_late);
 }
 
 // The segment that shows a page of the image which nobody has asked for.
@@ -200,7 +200,7 @@ bool Session::start_batch_of_order() {
     region = place->region;
     // One that is left out comes from the page cache when it is asked for.
     const bool left_out = !is_huge && is_left_out(page);
-    if (left_out) add(counters_.prefetch_left_out);
+    if (left_out) add(counters_->prefetch_left_out);
     const StoreOffset from =
         state_.regions()[region].offset + kPage4K.bytes(PageCount(place->granules.first.value));
     pieces.push_back({.from = from, .granules = place->granules, .read = !left_out});
@@ -230,7 +230,7 @@ bool Session::may_start_in_background() {
   const std::int64_t now = host_.now_ns();
   // What is asked for has the disk.
   if (!pending_.empty()) return false;
-  const std::uint64_t faults = counters_.faults.load(std::memory_order_relaxed);
+  const std::uint64_t faults = counters_->faults.load(std::memory_order_relaxed);
   if (std::exchange(prefetching.faults_seen, faults) != faults) prefetching.last_fault_ns = now;
   const std::int64_t quiet_at =
       options_.background == Background::idle ? prefetching.last_fault_ns + kIdleNs : 0;
@@ -324,7 +324,7 @@ bool Session::submit(RegionId region, std::vector<FetchPiece> pieces, std::size_
   prefetching.begun = true;
   // A huge page would keep the worker too long.
   if (granules <= kPagesPerBatch && read_at_hand(*fetch)) {
-    add(counters_.bytes_read, fetch->bytes().value);
+    add(counters_->bytes_read, fetch->bytes().value);
     prefetching.arrived.push_back(std::move(fetch));
     prefetching.at_hand = true;
     return false;
@@ -337,7 +337,7 @@ bool Session::submit(RegionId region, std::vector<FetchPiece> pieces, std::size_
 void Session::prefetched(std::unique_ptr<Fetch> fetch) {
   if (prefetching_ == nullptr) return;
   --prefetching_->under_way;
-  add(counters_.bytes_read, fetch->bytes().value);
+  add(counters_->bytes_read, fetch->bytes().value);
   prefetching_->arrived.push_back(std::move(fetch));
   if (prefetching_->depth == 0 || ++prefetching_->good < kGoodBatches) return;
   prefetching_->good = 0;
@@ -352,7 +352,7 @@ void Session::came_late(std::int64_t since_ns) {
 }
 
 void Session::stop_prefetching() {
-  if (prefetching_->has_order()) add(counters_.prefetch_given_up);
+  if (prefetching_->has_order()) add(counters_->prefetch_given_up);
   if (prefetching_->order) prefetching_->next = prefetching_->order->pages().size();
   prefetching_->ahead.clear();
   prefetching_->background = false;
@@ -427,7 +427,7 @@ PageCount Session::install_run(Fetch& fetch, PageRange rest, std::uint64_t at, s
   }
   prefetching.attempts = 0;
   const PageTable& table = state_.table(fetch.region);
-  add(fetch.urgency == Urgency::prefetch ? counters_.pages_prefetched : counters_.pages_background,
+  add(fetch.urgency == Urgency::prefetch ? counters_->pages_prefetched : counters_->pages_background,
       (table.end_of_run(run.first, run.end(), PageState::installed) - run.first).value);
   return run.count;
 }

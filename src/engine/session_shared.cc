@@ -47,7 +47,7 @@ PageRange Session::image_pages(const Segment& segment, PageRange run) const {
 SharedImage::Fill Session::fill_and_count(const Segment& segment, PageRange run) {
   const SharedImage::Filled filled = serving_[segment.region].shared->fill(
       image_pages(segment, run), host_.scratch().first(kPage4K.bytes(run.count).value));
-  add(counters_.bytes_read, filled.read.value);
+  add(counters_->bytes_read, filled.read.value);
   return filled.fill;
 }
 
@@ -84,7 +84,7 @@ Session::Put Session::put_filled(const Segment& segment, PageRange run) {
     } else {
       wake({segment.address_of(part.first), kPage4K.bytes(part.count)});
       mark_brought(segment, part);
-      add(counters_.pages_shared, part.count.value);
+      add(counters_->pages_shared, part.count.value);
     }
   }
   return result;

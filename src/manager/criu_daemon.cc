@@ -64,7 +64,9 @@ class CriuDaemon::Impl final : public EngineListener {
 
   // EngineListener: from workers
   void session_ended(const SessionStatus& session, SessionEnd end) override;
-  Result<void> session_forks(SessionId, SessionId, const SessionFiles&) override { return {}; }
+  Result<SessionCounters*> session_forks(SessionId, SessionId, const SessionFiles&) override {
+    return nullptr;
+  }
   void session_forked(const SessionStatus& session) override;
   void detach_failed(SessionId, const Error&) override {}  // not asked for
   void page_failed(SessionId session, const Error& error) override;

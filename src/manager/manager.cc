@@ -32,11 +32,12 @@ Result<void> Manager::Impl::start() {
     const Records::Shared& shared = options_.records->shared();
     last_session = shared.last_session;
     started_ns_ = shared.started_ns;
-    sessions_ended_ = shared.sessions_ended;
     clients_refused_ = shared.clients_refused;
-    std::size_t i = 0;
-    ended_counters_ = counters_json({});
-    for (auto& count : ended_counters_) count = shared.totals[i++].load();
+    const Records::Totals& totals = options_.records->totals();
+    sessions_ended_ = totals.sessions;
+    SessionStatus ended;
+    set_counts(ended, totals.counters);
+    ended_counters_ = counters_json(ended);
   }
   Result<std::unique_ptr<Engine>> engine = Engine::create(
       {.last_session = last_session,

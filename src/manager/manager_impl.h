@@ -100,7 +100,8 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
 
   // EngineListener: from workers
   void session_ended(const SessionStatus& session, SessionEnd end) override;
-  Result<void> session_forks(SessionId parent, SessionId child, const SessionFiles& files) override;
+  Result<SessionCounters*> session_forks(SessionId parent, SessionId child,
+                                         const SessionFiles& files) override;
   void session_forked(const SessionStatus& session) override;
   void detach_failed(SessionId session, const Error& error) override;
   void page_failed(SessionId session, const Error& error) override;

@@ -32,6 +32,8 @@ constexpr std::size_t kImagesAt = 64u << 20;
 constexpr std::size_t kImagesMax = 16'384;
 constexpr std::size_t kSessionsAt = 192u << 20;
 constexpr std::size_t kSessionsMax = 1u << 20;
+constexpr std::size_t kCountersAt = 256u << 20;
+constexpr std::size_t kCountersBytes = 192;  // of a session
 constexpr std::uint32_t kNone = ~0u;
 
 Error full(std::string_view what, std::size_t most) {
@@ -124,13 +126,15 @@ Records::Records(UniqueFd file, StateMapping memory)
   static_assert(sizeof(FileListener) == 2048 && sizeof(FileImage) == 4096 && sizeof(FileSession) == 64);
   static_assert(kListenersAt + kListenersMax * sizeof(FileListener) <= kImagesAt);
   static_assert(kImagesAt + kImagesMax * sizeof(FileImage) <= kSessionsAt);
+  static_assert(kSessionsAt + kSessionsMax * sizeof(FileSession) <= kCountersAt);
+  static_assert(sizeof(SessionCounters) <= kCountersBytes);
   static_assert(std::atomic<std::int32_t>::is_always_lock_free &&
                 std::atomic<std::uint64_t>::is_always_lock_free);
 }
 
 Records::~Records() = default;
 
-constexpr std::size_t kFileBytes = kSessionsAt + kSessionsMax * 64;
+constexpr std::size_t kFileBytes = kCountersAt + kSessionsMax * kCountersBytes;
 
 Result<std::unique_ptr<Records>> Records::create() {
   const std::vector<int> inherited = open_descriptors();
@@ -180,6 +184,41 @@ Records::FileListener* Records::listener_table() const {
 }
 Records::FileImage* Records::image_table() const {
   return reinterpret_cast<FileImage*>(memory_.data() + kImagesAt);
+}
+
+SessionCounters& Records::counters_of(std::size_t session) const {
+  return *reinterpret_cast<SessionCounters*>(memory_.data() + kCountersAt + session * kCountersBytes);
+}
+
+// One that has been counted has ended, though its record is not free yet.
+bool Records::is_there(std::size_t session) const {
+  return session_table()[session].valid != 0 && shared_->counted >> 1 != session + 1;
+}
+
+const Records::Totals& Records::totals() const {
+  return shared_->totals[shared_->counted & 1];
+}
+
+void Records::count_and_free(std::size_t session) {
+  const std::uint64_t spare = 1 - (shared_->counted & 1);
+  const Totals& before = totals();
+  Totals& after = shared_->totals[spare];
+  after.counters.set_to_sum(before.counters, counters_of(session));
+  after.sessions = before.sessions + 1;
+  step();
+  shared_->counted = (session + 1) << 1 | spare;
+  step();
+  finish_counting();
+}
+
+void Records::finish_counting() {
+  const std::uint64_t counted = shared_->counted;
+  if (counted >> 1 == 0) return;
+  publish(session_table()[(counted >> 1) - 1].valid, 0);
+  step();
+  // Before the place is another's.
+  shared_->counted = counted & 1;
+  step();
 }
 
 // ---- of the worker that serves ----------------------------------------------------------------------------
@@ -238,8 +277,8 @@ void Records::leave_image(const StoreLane* lane) {
   images_.erase(found);
 }
 
-Result<void> Records::add(const Session& session, std::shared_ptr<StoreLane> lane,
-                          std::shared_ptr<SharedImage> memory) {
+Result<SessionCounters*> Records::add(const Session& session, std::shared_ptr<StoreLane> lane,
+                                      std::shared_ptr<SharedImage> memory) {
   const std::lock_guard lock(mutex_);
   FileSession* table = session_table();
   const std::size_t index = free_place(kSessionsMax, [&](std::size_t i) { return table[i].valid == 0; });
@@ -264,16 +303,17 @@ Result<void> Records::add(const Session& session, std::shared_ptr<StoreLane> lan
                   .uid = session.uid,
                   .acknowledged = session.acknowledged,
                   .shares = session.shares};
+  counters_of(index).set_to_sum({}, {});
   // First, so that no later worker gives its number to another.
   if (shared_->last_session < session.id) shared_->last_session = session.id;
   step();
   publish(table[index].valid, 1);
   step();
   sessions_[session.id] = {.index = index, .lane = std::move(lane), .memory = std::move(memory)};
-  return {};
+  return &counters_of(index);
 }
 
-Result<void> Records::add_fork(SessionId parent, SessionId id, int uffd, int state_file) {
+Result<SessionCounters*> Records::add_fork(SessionId parent, SessionId id, int uffd, int state_file) {
   Session session{.id = id,
                   .parent = parent,
                   .kind = SessionKind::fork,
@@ -303,7 +343,7 @@ void Records::acknowledge(SessionId id) {
   step();
 }
 
-void Records::remove(SessionId id) {
+void Records::free(SessionId id, HasEnded has_ended) {
   // These may be the last ones, and go without the lock.
   std::shared_ptr<StoreLane> lane;
   std::shared_ptr<SharedImage> memory;
@@ -311,7 +351,10 @@ void Records::remove(SessionId id) {
   const auto found = sessions_.find(id);
   if (found == sessions_.end()) return;
   step();
-  publish(session_table()[found->second.index].valid, 0);
+  if (has_ended == HasEnded::yes)
+    count_and_free(found->second.index);
+  else
+    publish(session_table()[found->second.index].valid, 0);
   step();
   lane = std::move(found->second.lane);
   memory = std::move(found->second.memory);
@@ -368,10 +411,11 @@ void Records::remove_listener(int socket) {
 std::vector<Records::Session> Records::sessions() const {
   const std::lock_guard lock(mutex_);
   std::vector<Session> all;
-  for (const FileSession& record : std::span(session_table(), kSessionsMax)) {
+  for (std::size_t i = 0; i < kSessionsMax; ++i) {
+    const FileSession& record = session_table()[i];
     // Beyond the last one that was ever used, all is zero.
     if (record.kind == 0) break;
-    if (record.valid == 0) continue;
+    if (!is_there(i)) continue;
     all.push_back({.id = record.id,
                    .parent = record.parent,
                    .kind = static_cast<SessionKind>(record.kind),
@@ -433,10 +477,8 @@ void Records::release_image(const StoreLane* lane) {
 
 void Records::give_up(const Session& session) {
   const std::lock_guard lock(mutex_);
-  for (FileSession& record : std::span(session_table(), kSessionsMax)) {
-    if (record.kind == 0) return;
-    if (record.valid != 0 && record.id == session.id) publish(record.valid, 0);
-  }
+  for (std::size_t i = 0; i < kSessionsMax && session_table()[i].kind != 0; ++i)
+    if (is_there(i) && session_table()[i].id == session.id) count_and_free(i);
 }
 
 void Records::give_up(const Listener& listener) {
@@ -447,14 +489,15 @@ void Records::give_up(const Listener& listener) {
   }
 }
 
-void Records::taken_up(const Session& session, std::shared_ptr<StoreLane> lane,
-                       std::shared_ptr<SharedImage> memory) {
+SessionCounters* Records::taken_up(const Session& session, std::shared_ptr<StoreLane> lane,
+                                   std::shared_ptr<SharedImage> memory) {
   const std::lock_guard lock(mutex_);
   const FileSession* table = session_table();
   const std::size_t index = free_place(
       kSessionsMax, [&](std::size_t i) { return table[i].valid != 0 && table[i].id == session.id; });
   ++images_.try_emplace(lane.get(), ImageUse{.index = session.image, .users = 0}).first->second.users;
   sessions_[session.id] = {.index = index, .lane = std::move(lane), .memory = std::move(memory)};
+  return &counters_of(index);
 }
 
 void Records::taken_up(const Listener& listener, std::shared_ptr<StoreLane> lane) {
@@ -485,6 +528,7 @@ bool Records::has_connection(std::uint64_t cookie) const {
 
 std::vector<UniqueFd> Records::sweep() {
   const std::lock_guard lock(mutex_);
+  finish_counting();
   std::set<int> kept(shared_->inherited.begin(), shared_->inherited.begin() + shared_->inherited_count);
   for (const auto* fd : {&shared_->signals, &shared_->nudge, &shared_->trial_timer, &shared_->keeper_pidfd,
                          &shared_->standby_pidfd, &shared_->worker_pidfd})

@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "engine/session_counters.h"
 #include "engine/session_state.h"
 #include "engine/shared_image.h"
 #include "engine/store_lane.h"
@@ -34,13 +35,14 @@ namespace uffdkit {
 enum class SessionKind : std::uint32_t { firecracker = 1, native, fork };
 enum class ListenerKind : std::uint32_t { firecracker = 1, native, control };
 
-// Numbers of the totals that `uffdkit status` shows of ended sessions; the manager says which is which.
-inline constexpr std::size_t kTotalsMax = 32;
-
 class Records {
  public:
   static constexpr std::size_t kInheritedMax = 512;
 
+  struct Totals {
+    SessionCounters counters;
+    std::atomic<std::uint64_t> sessions;
+  };
   // What the processes tell each other.
   struct Shared {
     std::array<char, 8> magic;
@@ -66,9 +68,11 @@ class Records {
     std::atomic<std::uint64_t> workers;       // how many there were
     std::atomic<std::uint64_t> upgrades;      // how often the program was replaced
     std::atomic<std::uint64_t> last_session;  // the highest number that was given
-    std::atomic<std::uint64_t> sessions_ended;
     std::atomic<std::uint64_t> clients_refused;
-    std::array<std::atomic<std::uint64_t>, kTotalsMax> totals;
+    // Of ended sessions, in two places, of which the lowest bit of `counted` says which counts. The other
+    // bits are the record, counted from 1, of the session that was counted last, as long as it is not free.
+    std::array<Totals, 2> totals;
+    std::atomic<std::uint64_t> counted;
     std::atomic<std::uint64_t> upgrades_failed;  // how often the program was to be replaced, and stayed
     std::atomic<std::uint32_t> is_on_trial;      // a program that has replaced another does not serve yet
     std::atomic<std::int32_t> trial_timer;       // a timerfd: it should have by then
@@ -123,14 +127,19 @@ class Records {
   void tell_serving();
   // Has the keeper replace the program.
   void ask_for_upgrade();
-  // Valid when it returns. Errors: no room (ENOSPC).
-  Result<void> add(const Session& session, std::shared_ptr<StoreLane> lane,
-                   std::shared_ptr<SharedImage> memory);
+  // Valid when it returns. Gives the place where it is counted, all 0, until it is removed. Errors: no room
+  // (ENOSPC).
+  Result<SessionCounters*> add(const Session& session, std::shared_ptr<StoreLane> lane,
+                               std::shared_ptr<SharedImage> memory);
   // A child of `parent`'s client, of the same image.
-  Result<void> add_fork(SessionId parent, SessionId id, int uffd, int state_file);
+  Result<SessionCounters*> add_fork(SessionId parent, SessionId id, int uffd, int state_file);
   void acknowledge(SessionId id);
-  // Nothing happens if there is no such session.
-  void remove(SessionId id);
+  // It has ended: what it has counted goes to the totals. Nothing happens if there is no such session.
+  void remove(SessionId id) { free(id, HasEnded::yes); }
+  // It was refused after all.
+  void withdraw(SessionId id) { free(id, HasEnded::no); }
+  // Of the sessions that have ended.
+  const Totals& totals() const;
   Result<void> add(const Listener& listener, const std::shared_ptr<StoreLane>& lane);
   void remove_listener(int socket);
 
@@ -143,8 +152,9 @@ class Records {
   std::vector<Listener> listeners() const;
   Image image(std::size_t index) const;
   // This worker has what the record says; from now on it is removed, and its image kept, as if it had been
-  // added here.
-  void taken_up(const Session& session, std::shared_ptr<StoreLane> lane, std::shared_ptr<SharedImage> memory);
+  // added here. Gives the place where it is counted, with what it has counted so far.
+  SessionCounters* taken_up(const Session& session, std::shared_ptr<StoreLane> lane,
+                            std::shared_ptr<SharedImage> memory);
   // Keeps the record of an image until release_image(): sessions that are taken up may end at once, and
   // others of the same image are still to come.
   void hold_image(std::size_t index, const StoreLane* lane);
@@ -177,6 +187,8 @@ class Records {
   FileSession* session_table() const;
   FileListener* listener_table() const;
   FileImage* image_table() const;
+  SessionCounters& counters_of(std::size_t session) const;
+  bool is_there(std::size_t session) const;
   void nudge_keeper() const;
   // Whether there is such a session. Takes the lock.
   template <class Is>
@@ -185,6 +197,11 @@ class Records {
   std::vector<Listener> all_listeners() const;
   Result<std::size_t> use_image(const std::shared_ptr<StoreLane>& lane);
   void leave_image(const StoreLane* lane);
+  enum class HasEnded : bool { no, yes };
+  void free(SessionId id, HasEnded has_ended);
+  // Adds what it has counted to the totals, once, wherever this is cut off, and frees its record.
+  void count_and_free(std::size_t session);
+  void finish_counting();
 
   UniqueFd file_;
   StateMapping memory_;

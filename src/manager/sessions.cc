@@ -72,7 +72,7 @@ Result<AttachedSession> Manager::Impl::serve(Attachment attachment, const Sessio
   }
   Result<SessionId> id = engine_->attach(std::move(attachment));
   if (!id) {
-    if (recorded != 0) options_.records->remove(recorded);
+    if (recorded != 0) options_.records->withdraw(recorded);
     return Failure(std::move(id).error());
   }
   // Before anything of the session's end can be heard, which comes through the loop.
@@ -312,14 +312,7 @@ void Manager::Impl::forget(const SessionStatus& session, SessionEnd end) {
   const SessionInfo info = found->second;
   sessions_.erase(found);
   ++sessions_ended_;
-  const nlohmann::json counters = counters_json(session);
-  add_counters(ended_counters_, counters);
-  if (options_.records != nullptr) {
-    Records::Shared& shared = options_.records->shared();
-    shared.sessions_ended = sessions_ended_;
-    std::size_t i = 0;
-    for (const auto& count : counters) shared.totals[i++] += count.get<std::uint64_t>();
-  }
+  add_counters(ended_counters_, counters_json(session));
   log_.write(
       fmt::format("session {}: {}; {} faults, {} pages copied, {} shared, {} zero, {} removed, {} failed",
                   session.id, to_string(end), session.faults, session.pages_copied, session.pages_shared,
@@ -331,8 +324,9 @@ void Manager::Impl::forget(const SessionStatus& session, SessionEnd end) {
 }
 
 // One that is not recorded would read zeros when this process ends.
-Result<void> Manager::Impl::session_forks(SessionId parent, SessionId child, const SessionFiles& files) {
-  if (options_.records == nullptr) return {};
+Result<SessionCounters*> Manager::Impl::session_forks(SessionId parent, SessionId child,
+                                                      const SessionFiles& files) {
+  if (options_.records == nullptr) return nullptr;
   return options_.records->add_fork(parent, child, files.uffd, files.state_file);
 }
 

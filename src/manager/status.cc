@@ -159,7 +159,7 @@ nlohmann::json Manager::Impl::status() {
           {"address", fmt::format("{:#x}", status.oldest_page)},
           {"why", to_string(status.oldest_why)},
           {"late", options_.watchdog_ms > 0 && status.oldest_pending_ns > options_.watchdog_ms * 1'000'000}};
-      if (status.oldest_offset != SessionCounters::kNoOffset) oldest["offset"] = status.oldest_offset;
+      if (status.oldest_offset != SessionWaiting::kNoOffset) oldest["offset"] = status.oldest_offset;
       oldest["text"] = describe_oldest(status);
       entry["oldest_pending"] = std::move(oldest);
     }

@@ -123,7 +123,7 @@ Result<void> Manager::Impl::take_up(const Records::Session& session, const std::
                         .may_adopt = [&](int fd) { return is_userfaultfd(fd) && !records.has_uffd(fd); }};
   if (session.kind != SessionKind::fork) use_working_set(attachment, info);
   // Before it is run, which may end it at once.
-  records.taken_up(session, lane, memory);
+  attachment.counters = records.taken_up(session, lane, memory);
   sessions_.emplace(session.id, info);
   Result<SessionId> id = engine_->attach(std::move(attachment));
   // Its regions have been looked at.

@@ -55,7 +55,7 @@ std::string describe(PendingWhy why) {
 }
 
 std::string describe_oldest(const SessionStatus& session) {
-  const std::string where = session.oldest_offset == SessionCounters::kNoOffset
+  const std::string where = session.oldest_offset == SessionWaiting::kNoOffset
                                 ? std::string("of no image")
                                 : fmt::format("at offset {} of {}", session.oldest_offset, session.image);
   const std::string retries = session.read_retries == 0

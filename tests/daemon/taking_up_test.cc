@@ -116,6 +116,37 @@ TEST_F(TakingUp, AWorkerThatCannotIsFollowedByOneThatCan) {
   EXPECT_EQ(process.wait(), 0) << manager_.log();
 }
 
+TEST_F(TakingUp, WhatWasCountedIsCountedOn) {
+  Child process =
+      client(image_, whole(image_), socket_, [](const ClientMemory& memory, const Channel& channel) {
+        for (std::size_t page = 0; page < 100; ++page) memory.check(page);
+        memory.give_back(0, 10, MADV_DONTNEED);
+        channel.send(1);
+        channel.receive();
+      });
+  process.channel().receive();
+  // Its client goes on before what it has just got is counted.
+  ASSERT_TRUE(eventually([&] {
+    return manager_.total("pages_copied") + manager_.total("pages_zeroed") == 100 &&
+           manager_.total("pages_removed") == 10;
+  }));
+  const auto before = manager_.status();
+  ASSERT_TRUE(another_takes_over());
+  const auto after = manager_.status();
+  for (const char* counter :
+       {"faults", "events", "pages_copied", "pages_zeroed", "pages_removed", "bytes_read"}) {
+    EXPECT_EQ(after.at("total").at(counter), before.at("total").at(counter)) << counter;
+    EXPECT_EQ(after.at("sessions").at(0).at(counter), before.at("sessions").at(0).at(counter)) << counter;
+  }
+  process.channel().send(1);
+  EXPECT_EQ(process.wait(), 0);
+  ASSERT_TRUE(eventually([&] { return manager_.sessions() == 0; }));
+  const auto ended = manager_.status().at("total");
+  ASSERT_TRUE(another_takes_over(2));
+  EXPECT_EQ(manager_.status().at("total"), ended);
+  EXPECT_EQ(manager_.count("sessions_ended"), 1u);
+}
+
 // A worker in this process, whose table of descriptors is its own.
 class Recorded : public testing::TestWithParam<SessionKind> {};
 
@@ -127,7 +158,7 @@ void take_up_without_state(SessionKind kind) {
   require(::ftruncate(file.get(), 4096) == 0, "ftruncate");
   const std::shared_ptr<StoreLane> lane = take(StoreLane::create(
       take(open_file_store(file.get(), "image")), {}, UniqueFd(::fcntl(file.get(), F_DUPFD_CLOEXEC, 0))));
-  succeed(
+  (void)take(
       records->add({.id = 1, .kind = kind, .uffd = uffd.fd(), .state_file = file.get(), .acknowledged = true},
                    lane, nullptr));
   records->shared().is_ready = 1;

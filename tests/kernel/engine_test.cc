@@ -19,7 +19,9 @@ namespace {
 
 class NoListener final : public EngineListener {
   void session_ended(const SessionStatus&, SessionEnd) override {}
-  Result<void> session_forks(SessionId, SessionId, const SessionFiles&) override { return {}; }
+  Result<SessionCounters*> session_forks(SessionId, SessionId, const SessionFiles&) override {
+    return nullptr;
+  }
   void session_forked(const SessionStatus&) override {}
   void detach_failed(SessionId, const Error&) override {}
   void page_failed(SessionId, const Error&) override {}

@@ -56,7 +56,9 @@ class FakeListener final : public EngineListener {
  public:
   int ends = 0;
   void session_ended(const SessionStatus&, SessionEnd) override { ++ends; }
-  Result<void> session_forks(SessionId, SessionId, const SessionFiles&) override { return {}; }
+  Result<SessionCounters*> session_forks(SessionId, SessionId, const SessionFiles&) override {
+    return nullptr;
+  }
   void session_forked(const SessionStatus&) override {}
   void detach_failed(SessionId, const Error&) override {}
   void page_failed(SessionId, const Error&) override {}

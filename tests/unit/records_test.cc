@@ -220,6 +220,35 @@ TEST_F(CutRecords, AtAnyStoreAForkedChildIsThereWithItsParentsImageOrNotAtAll) {
   remove(2);
 }
 
+TEST_F(CutRecords, AtAnyStoreWhatSessionsHaveCountedIsThereOnce) {
+  const std::shared_ptr<StoreLane> first = lane("first");
+  for (SessionId id = 1; id <= 3; ++id) records_->add(session(id), first, nullptr).value()->faults = 10 * id;
+  const auto look = [&] {
+    const std::unique_ptr<Records> next = Records::open(copy_of(records_->fd())).value();
+    std::uint64_t faults = next->totals().counters.faults;
+    std::uint64_t sessions = next->totals().sessions;
+    for (const Records::Session& found : next->sessions()) {
+      faults += next->taken_up(found, first, nullptr)->faults;
+      ++sessions;
+    }
+    EXPECT_EQ(faults, 60u);
+    EXPECT_EQ(sessions, 3u);
+  };
+  for (const SessionId id : {2u, 1u, 3u})
+    test::after_each_store(test::mapping_of(records_->fd()), [&] { records_->remove(id); }, look);
+  EXPECT_EQ(records_->totals().sessions, 3u);
+  // The next one at the same place begins anew.
+  EXPECT_EQ(records_->add(session(4), first, nullptr).value()->faults, 0u);
+}
+
+TEST_F(RecordsTest, OneThatIsRefusedAfterAllIsNotCounted) {
+  records_->add(session(1), lane_, nullptr).value()->faults = 7;
+  records_->withdraw(1);
+  EXPECT_EQ(records_->totals().sessions, 0u);
+  EXPECT_EQ(records_->totals().counters.faults, 0u);
+  EXPECT_TRUE(records_->sessions().empty());
+}
+
 TEST_F(CutRecords, AtAnyStoreAListenerIsThereAsItWasMadeOrNotAtAll) {
   const std::shared_ptr<StoreLane> first = lane("first");
   const auto look = [&] {

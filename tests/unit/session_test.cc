@@ -298,6 +298,7 @@ class SessionTest : public testing::Test {
   }
   std::uint64_t counter(const std::atomic<std::uint64_t>& value) const { return value.load(); }
   const SessionCounters& counters() const { return session_.counters(); }
+  const SessionWaiting& waiting() const { return session_.waiting(); }
 
   FakeKernel kernel_;
   FakeHost host_;
@@ -317,7 +318,7 @@ TEST_F(SessionTest, AFaultBringsItsWindow) {
   EXPECT_EQ(counter(counters().faults), 1u);
   EXPECT_EQ(counter(counters().pages_copied), 4u);
   EXPECT_EQ(counter(counters().bytes_read), 4 * kPage);
-  EXPECT_EQ(counter(counters().pending), 0u);
+  EXPECT_EQ(counter(waiting().pending), 0u);
 }
 
 TEST_F(SessionTest, FaultsAreServedOneAStepWhileOthersWait) {
@@ -385,7 +386,7 @@ TEST_F(SessionTest, WhatAMoveLeavesBehindOfAFileWaitsForTheFetchOfThePage) {
   EXPECT_EQ(at(2003), tag_of(3));
   EXPECT_NE(at(3), std::nullopt);
   EXPECT_EQ(kernel_.count(abi::kIoctlZeropage), 0u);
-  EXPECT_EQ(counter(counters().pending), 0u);
+  EXPECT_EQ(counter(waiting().pending), 0u);
 }
 
 TEST_F(SessionTest, WhatAMoveLeavesBehindOfAPrivateMappingOfAFileIsZeroOnceThePageIsElsewhere) {
@@ -480,7 +481,7 @@ TEST_F(SessionTest, FaultsOfManyThreadsOnOnePageCostOneFetch) {
   EXPECT_EQ(counter(counters().fetches), 1u);
   EXPECT_EQ(counter(counters().faults), 40u);
   EXPECT_EQ(counter(counters().faults_merged), 39u);
-  EXPECT_EQ(counter(counters().pending), 0u);
+  EXPECT_EQ(counter(waiting().pending), 0u);
 }
 
 TEST_F(SessionTest, AThousandDuplicatesWaitAsOne) {
@@ -490,8 +491,8 @@ TEST_F(SessionTest, AThousandDuplicatesWaitAsOne) {
     if (i % 100 == 0) settle();
   }
   settle();
-  EXPECT_EQ(counter(counters().pending), 1u);
-  EXPECT_GT(counters().oldest_since_ns.load(), 0);
+  EXPECT_EQ(counter(waiting().pending), 1u);
+  EXPECT_GT(waiting().oldest_since_ns.load(), 0);
 }
 
 TEST_F(SessionTest, MoreFaultsThanAreKeptAreWokenLater) {
@@ -499,14 +500,14 @@ TEST_F(SessionTest, MoreFaultsThanAreKeptAreWokenLater) {
   store_->cached = false;
   for (std::uint64_t page = 2048; page < 4096; ++page) kernel_.fault(pages(page));
   settle();
-  EXPECT_EQ(counter(counters().pending), 1024u);
+  EXPECT_EQ(counter(waiting().pending), 1024u);
   EXPECT_FALSE(kernel_.woke(pages(4095)));
   for (int i = 0; i < 10'000 && !host_.fetches.empty(); ++i) {
     bring();
     settle();
   }
   EXPECT_TRUE(kernel_.woke(pages(4095)));
-  EXPECT_EQ(counter(counters().pending), 0u);
+  EXPECT_EQ(counter(waiting().pending), 0u);
   for (std::uint64_t page = 0; page < 1024; ++page) ASSERT_TRUE(at(2048 + page)) << page;
 }
 
@@ -601,7 +602,7 @@ TEST_F(SessionTest, AFaultOnAPageThatIsThereIsWoken) {
   settle();
   EXPECT_EQ(at(6), std::byte{0xee});
   EXPECT_TRUE(kernel_.woke(pages(6)));
-  EXPECT_EQ(counter(counters().pending), 0u);
+  EXPECT_EQ(counter(waiting().pending), 0u);
 }
 
 TEST_F(SessionTest, AWriteProtectedPageThatIsNotThereIsFilledWithZeros) {
@@ -631,7 +632,7 @@ TEST_F(SessionTest, AFaultWhereNothingIsMappedAnyMoreIsWokenAndForgotten) {
     if (!cached) bring();
     run_out();
     EXPECT_TRUE(kernel_.woke(pages(6)));
-    EXPECT_EQ(counter(counters().pending), 0u);
+    EXPECT_EQ(counter(waiting().pending), 0u);
     EXPECT_TRUE(host_.fetches.empty());
     kernel_.calls.clear();
   }
@@ -698,7 +699,7 @@ TEST_F(SessionTest, WriteProtectAndMinorFaultsAreUndone) {
   settle();
   EXPECT_EQ(kernel_.count(abi::kIoctlWriteprotect), 1u);
   EXPECT_EQ(kernel_.count(abi::kIoctlContinue), 1u);
-  EXPECT_EQ(counter(counters().pending), 0u);
+  EXPECT_EQ(counter(waiting().pending), 0u);
 }
 
 TEST_F(SessionTest, WriteProtectFaultsThatCannotBeUndoneAreWokenOrTriedAgain) {
@@ -765,14 +766,14 @@ TEST_F(SessionTest, PoisoningIsTriedAgainWhenItIsPutOffOrShortOfMemory) {
 // ---- why a fault waits ------------------------------------------------------------------------------------
 
 TEST_F(SessionTest, ItIsToldWhichFaultIsOldestAndWhyItWaits) {
-  const auto oldest = [&] { return counters().oldest_page.load(); };
-  const auto why = [&] { return counters().oldest_why.load(); };
+  const auto oldest = [&] { return waiting().oldest_page.load(); };
+  const auto why = [&] { return waiting().oldest_why.load(); };
   add(pages(2000, 16), 500);
   store_->cached = false;
   kernel_.fault(pages(2003));
   settle();
   EXPECT_EQ(oldest(), pages(2003).start.value);
-  EXPECT_EQ(counters().oldest_offset.load(), 503 * kPage);
+  EXPECT_EQ(waiting().oldest_offset.load(), 503 * kPage);
   EXPECT_EQ(why(), PendingWhy::reading);
   kernel_.changing = true;
   bring();
@@ -788,7 +789,7 @@ TEST_F(SessionTest, ItIsToldWhichFaultIsOldestAndWhyItWaits) {
   kernel_.refuse = [](const FakeKernel::Call&) { return 0; };
   host_.now += 1000 * kMillisecond;
   settle();
-  EXPECT_EQ(counters().oldest_since_ns.load(), 0);
+  EXPECT_EQ(waiting().oldest_since_ns.load(), 0);
 }
 
 // ---- a client that is stopped -----------------------------------------------------------------------------
@@ -811,8 +812,8 @@ TEST_F(PauseTest, APageThatCannotBeReadStopsItsClientAndIsLeftAsItIs) {
   fault_and_fail();
   EXPECT_EQ(host_.stops, 1);
   EXPECT_EQ(host_.failures.size(), 1u);
-  EXPECT_TRUE(counters().paused.load());
-  EXPECT_EQ(counters().oldest_why.load(), PendingWhy::paused);
+  EXPECT_TRUE(waiting().paused.load());
+  EXPECT_EQ(waiting().oldest_why.load(), PendingWhy::paused);
   EXPECT_TRUE(kernel_.poisoned.empty());
   EXPECT_EQ(at(6), std::nullopt);
   EXPECT_EQ(at(7), tag_of(7)) << "its neighbour came";
@@ -821,7 +822,7 @@ TEST_F(PauseTest, APageThatCannotBeReadStopsItsClientAndIsLeftAsItIs) {
   kernel_.fault(pages(6));
   EXPECT_EQ(settle().wake_at_ns, 0);
   EXPECT_TRUE(host_.fetches.empty());
-  EXPECT_EQ(counter(counters().pending), 1u);
+  EXPECT_EQ(counter(waiting().pending), 1u);
 }
 
 TEST_F(PauseTest, WhenItCanBeReadTheClientGoesOn) {
@@ -829,12 +830,12 @@ TEST_F(PauseTest, WhenItCanBeReadTheClientGoesOn) {
   store_->bad = {};
   session_.resume();
   EXPECT_EQ(host_.continues, 1);
-  EXPECT_FALSE(counters().paused.load());
+  EXPECT_FALSE(waiting().paused.load());
   settle();
   bring();
   settle();
   EXPECT_EQ(at(6), tag_of(6));
-  EXPECT_EQ(counter(counters().pending), 0u);
+  EXPECT_EQ(counter(waiting().pending), 0u);
 }
 
 TEST_F(PauseTest, OneThatStillCannotBeReadStopsItAgain) {
@@ -844,7 +845,7 @@ TEST_F(PauseTest, OneThatStillCannotBeReadStopsItAgain) {
   bring();
   settle();
   EXPECT_EQ(host_.stops, 2);
-  EXPECT_TRUE(counters().paused.load());
+  EXPECT_TRUE(waiting().paused.load());
   EXPECT_EQ(at(6), std::nullopt);
 }
 
@@ -872,14 +873,14 @@ TEST_F(PauseTest, WhatWasGivenBackMeanwhileIsZero) {
   kernel_.removed(pages(6));
   settle();
   EXPECT_EQ(at(6), std::byte{0});
-  EXPECT_FALSE(counters().paused.load());
+  EXPECT_FALSE(waiting().paused.load());
 }
 
 TEST_F(PauseTest, WhoseProcessNobodyKnowsHasThePagePoisoned) {
   host_.killable = false;
   fault_and_fail();
   EXPECT_TRUE(kernel_.poisoned.contains(pages(6).start.value));
-  EXPECT_FALSE(counters().paused.load());
+  EXPECT_FALSE(waiting().paused.load());
 }
 
 // ---- changes while a fetch is under way ------------------------------------------------------------------
@@ -913,7 +914,7 @@ TEST_F(UnderWayTest, WhatWasUnmappedMeanwhileIsLeftAlone) {
   EXPECT_EQ(at(6), std::nullopt);
   EXPECT_EQ(at(5), tag_of(5));
   EXPECT_TRUE(kernel_.woke(pages(6)));
-  EXPECT_EQ(counter(counters().pending), 0u);
+  EXPECT_EQ(counter(waiting().pending), 0u);
 }
 
 TEST_F(UnderWayTest, WhatWasMovedMeanwhileArrivesAtItsNewPlace) {
@@ -928,7 +929,7 @@ TEST_F(UnderWayTest, WhatWasMovedMeanwhileArrivesAtItsNewPlace) {
     EXPECT_EQ(at(3000 - 4 + page), tag_of(page));
   }
   EXPECT_TRUE(kernel_.woke(pages(6)));
-  EXPECT_EQ(counter(counters().pending), 0u);
+  EXPECT_EQ(counter(waiting().pending), 0u);
 }
 
 TEST_F(UnderWayTest, WhatWasLeftBehindByAMoveIsZero) {
@@ -956,7 +957,7 @@ TEST_F(UnderWayTest, AThreadThatWaitsWhereAPageWasMovedThatIsThereIsWoken) {
   bring();
   settle();
   EXPECT_TRUE(kernel_.woke(pages(6)));
-  EXPECT_EQ(counter(counters().pending), 0u);
+  EXPECT_EQ(counter(waiting().pending), 0u);
 }
 
 TEST_F(UnderWayTest, WhatWasDroppedMeanwhileIsLeftAlone) {
@@ -1242,7 +1243,7 @@ TEST_F(SessionTest, ReleasingWakesThreadsWhoseFaultsWerePutOff) {
   kernel_.fault(pages(8), abi::kPagefaultMinor);
   kernel_.fault(pages(3000));  // outside of every region
   settle();
-  EXPECT_EQ(counter(counters().pending), 4u);
+  EXPECT_EQ(counter(waiting().pending), 4u);
   for (const std::uint64_t page : {6u, 7u, 8u, 3000u}) ASSERT_FALSE(kernel_.woke(pages(page))) << page;
   session_.release();
   for (const std::uint64_t page : {6u, 7u, 8u}) EXPECT_TRUE(kernel_.woke(pages(page))) << page;
