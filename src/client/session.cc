@@ -13,6 +13,7 @@
 
 #include "base/check.h"
 #include "base/signals_blocked.h"
+#include "client/backoff.h"
 #include "wire/attach_request.h"
 #include "wire/unix_socket.h"
 
@@ -276,9 +277,10 @@ void RemoteSessionCore::watch() {
 
 bool RemoteSessionCore::find_manager() {
   const Clock::time_point lost = Clock::now();
-  for (milliseconds pause = kPauseFirst;; pause = std::min(2 * pause, kPauseMax)) {
+  for (Backoff pauses(kPauseFirst, kPauseMax);;) {
     const Result<void> resumed = resume();
     if (resumed) return true;
+    const milliseconds pause = pauses.next();
     const bool give_up = limits_.resume && Clock::now() + pause - lost > *limits_.resume;
     {
       const std::lock_guard lock(mutex_);

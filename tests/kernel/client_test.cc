@@ -192,6 +192,37 @@ TEST_F(Client, AConnectionThatEndsIsMadeAgain) {
   EXPECT_EQ(wrong_bytes(memory->bytes()), 0u);
 }
 
+TEST_F(Client, AnAttachWhoseAnswerIsLostIsMadeAgain) {
+  const FakeManager manager(socket_, {.lose = 3});
+  const auto memory = attach_image();
+  ASSERT_TRUE(memory) << memory.error().text();
+  EXPECT_EQ(manager.attaches(), 1);
+  EXPECT_EQ(wrong_bytes(memory->bytes()), 0u);
+}
+
+TEST_F(Client, AnAttachWhoseAnswersAreAllLostIsGivenUp) {
+  const FakeManager manager(socket_, {.lose = ~0u});
+  const std::size_t fds = open_fds();
+  const auto memory = attach_image({.limits = {.answer = 200ms}});
+  ASSERT_FALSE(memory);
+  EXPECT_GT(manager.connections(), 1);
+  EXPECT_TRUE(eventually([&] { return open_fds() == fds; }));
+}
+
+TEST_F(Client, ARequestWhoseAnswerIsLostIsMadeAgainOfWhoeverIsThereNext) {
+  auto first = std::make_optional<FakeManager>(socket_);
+  auto memory = attach_image();
+  ASSERT_TRUE(memory) << memory.error().text();
+  // The session comes to one that hangs up over the RESUME, over the request, and over the next RESUME.
+  first.reset();
+  const FakeManager second(socket_, {.lose = 3});
+  ASSERT_TRUE(eventually([&] { return memory->session().connection().resumes >= 1; }));
+  const auto status = memory->query();
+  ASSERT_TRUE(status) << status.error().text();
+  EXPECT_EQ(second.resumes(), static_cast<int>(memory->session().connection().resumes));
+  EXPECT_EQ(wrong_bytes(memory->bytes()), 0u);
+}
+
 TEST_F(Client, WhenTheManagerDiesThreadsWaitForTheNextOneAndReadNoZeros) {
   auto first = std::make_optional<FakeManager>(socket_, FakeManager::Script{.serve_pages = false});
   auto memory = attach_image();

@@ -88,6 +88,13 @@ void FakeManager::receive() {
       static_cast<void>(send_some(connection_.get(), std::as_bytes(std::span("this is no frame")), {}));
       continue;
     }
+    const bool may_be_lost = std::holds_alternative<native::Attach>(*request) ||
+                             std::holds_alternative<native::Query>(*request) ||
+                             std::holds_alternative<native::Resume>(*request);
+    if (may_be_lost && lost_ < script_.lose) {
+      ++lost_;
+      return close_connection();
+    }
     if (std::holds_alternative<native::Query>(*request) && queries_held_ < script_.hold_queries) {
       ++queries_held_;
       held_.push_back(request_id);

@@ -30,6 +30,7 @@ class FakeManager {
     bool garbage = false;                              // answers with bytes that are no frame
     bool read_messages = true;                         // false: leaves faults and events in the kernel
     bool serve_pages = true;                           // false: reads faults and leaves them alone
+    std::uint32_t lose = 0;          // hangs up instead of answering so many ATTACHes, QUERYs and RESUMEs
     std::uint32_t hold_queries = 0;  // keeps back the answers to so many QUERYs until the next one
   };
 
@@ -73,6 +74,7 @@ class FakeManager {
   UniqueFd state_file_;
   std::vector<RequestedRegion> regions_;
   std::uint64_t pages_served_ = 0;
+  std::uint32_t lost_ = 0;
   std::uint32_t queries_held_ = 0;
   std::vector<std::uint32_t> held_;
 

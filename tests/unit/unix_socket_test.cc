@@ -276,6 +276,96 @@ TEST(Receive, DescriptorsThatTheLimitOfOpenFilesTakesAwayAreReported) {
   EXPECT_EQ(status, 0);
 }
 
+// ---- looking at what waits, as at a handshake whose session is not recorded yet ---------------------------
+
+class Peek : public testing::Test {
+ protected:
+  void SetUp() override { ASSERT_TRUE(peek_from_start(server_.get())); }
+  void send(std::string_view text, std::span<const int> fds = {}) {
+    ASSERT_EQ(send_some(client_.get(), bytes_of(text), fds).value(), text.size());
+  }
+  std::string peek(std::size_t most = 16) {
+    Result<Piece> piece = peek_some(server_.get(), std::span(buffer_).first(most));
+    EXPECT_TRUE(piece);
+    last_ = std::move(*piece);
+    return text_of(last_);
+  }
+  std::string receive() {
+    Result<Piece> piece = receive_some(server_.get(), buffer_);
+    EXPECT_TRUE(piece);
+    last_ = std::move(*piece);
+    return text_of(last_);
+  }
+  static std::string text_of(const Piece& piece) {
+    return {reinterpret_cast<const char*>(piece.bytes.data()), piece.bytes.size()};
+  }
+
+  std::pair<UniqueFd, UniqueFd> ends_ = connected();
+  UniqueFd& client_ = ends_.first;
+  UniqueFd& server_ = ends_.second;
+  std::array<std::byte, 16> buffer_;
+  Piece last_;
+};
+
+TEST_F(Peek, GoesOnBehindWhatWasPeekedAtAndTakesNothing) {
+  send("one ");
+  EXPECT_EQ(peek(), "one ");
+  EXPECT_EQ(peek(), "");
+  EXPECT_FALSE(last_.end);
+  send("two");
+  EXPECT_EQ(peek(2), "tw");
+  EXPECT_EQ(peek(2), "o");
+  EXPECT_EQ(receive(), "one two");
+}
+
+TEST_F(Peek, FromTheStartGivesAllOfItAgainAsTheNextProcessWants) {
+  send("handshake");
+  EXPECT_EQ(peek(4), "hand");
+  ASSERT_TRUE(peek_from_start(server_.get()));
+  EXPECT_EQ(peek(), "handshake");
+}
+
+TEST_F(Peek, DescriptorsComeEachTimeAndStay) {
+  WatchedFds watched;
+  {
+    const auto sent = watched.make(2);
+    send("with two", std::array{sent[0].get(), sent[1].get()});
+  }
+  for (int times = 0; times < 2; ++times) {
+    ASSERT_TRUE(peek_from_start(server_.get()));
+    EXPECT_EQ(peek(), "with two");
+    ASSERT_EQ(last_.fds.size(), 2u);
+    for (const UniqueFd& fd : last_.fds) EXPECT_NE(::fcntl(fd.get(), F_GETFD) & FD_CLOEXEC, 0);
+  }
+  EXPECT_EQ(receive(), "with two");
+  EXPECT_EQ(last_.fds.size(), 2u);
+  last_ = {};
+  EXPECT_TRUE(watched.all_closed());
+}
+
+TEST_F(Peek, TheEndIsSeenBehindTheLastBytesWhichStay) {
+  send("bye");
+  client_.reset();
+  EXPECT_EQ(peek(), "bye");
+  EXPECT_EQ(peek(), "");
+  EXPECT_TRUE(last_.end);
+  EXPECT_EQ(receive(), "bye");
+}
+
+TEST_F(Peek, WhatIsDroppedIsSoMuchAndNoMore) {
+  WatchedFds watched;
+  {
+    const auto sent = watched.make(1);
+    send("dropped", std::array{sent[0].get()});
+  }
+  send(" kept");
+  EXPECT_EQ(peek(7), "dropped");
+  last_ = {};
+  drop_peeked(server_.get(), 7);
+  EXPECT_TRUE(watched.all_closed());
+  EXPECT_EQ(receive(), " kept");
+}
+
 TEST(Send, ToAPeerThatIsGoneIsAnErrorAndNoSignal) {
   auto [client, server] = connected();
   server.reset();
