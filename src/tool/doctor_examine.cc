@@ -2,8 +2,10 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <grp.h>
+#include <linux/openat2.h>
 #include <pwd.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -163,16 +165,41 @@ std::optional<std::uint64_t> memory_limit() {
   return tightest;
 }
 
-ConfinementReport examine_confinement(const UserReport& user) {
-  return {.seccomp_mode = static_cast<int>(status_number("Seccomp", 10)),
-          .no_new_privileges = status_number("NoNewPrivs", 10) != 0,
-          .container_signs = container_signs(user),
-          .memory_limit_bytes = memory_limit()};
-}
-
 int try_pidfd_open() {
   const UniqueFd pidfd(static_cast<int>(syscall(SYS_pidfd_open, getpid(), 0)));
   return pidfd ? 0 : errno;
+}
+
+// What they make goes at once.
+std::vector<CallReport> examine_calls() {
+  const auto error_of = [](long result) { return result < 0 ? errno : 0; };
+  const auto error_of_making = [](long fd) {
+    const int error = fd < 0 ? errno : 0;
+    UniqueFd(static_cast<int>(fd)).reset();
+    return error;
+  };
+  open_how how{};
+  how.flags = O_PATH | O_CLOEXEC;
+  const UniqueFd own(static_cast<int>(syscall(SYS_pidfd_open, getpid(), 0)));
+  std::vector<CallReport> calls = {
+      {.name = "userfaultfd",
+       .os_error = error_of_making(syscall(SYS_userfaultfd, O_CLOEXEC | abi::kUserModeOnly))},
+      {.name = "memfd_create", .os_error = error_of_making(memfd_create("uffdkit-doctor", MFD_CLOEXEC))},
+      {.name = "openat2", .os_error = error_of_making(syscall(SYS_openat2, AT_FDCWD, "/", &how, sizeof how))},
+      {.name = "pidfd_open", .os_error = try_pidfd_open()},
+  };
+  if (own)
+    calls.push_back({.name = "pidfd_send_signal",
+                     .os_error = error_of(syscall(SYS_pidfd_send_signal, own.get(), 0, nullptr, 0))});
+  return calls;
+}
+
+ConfinementReport examine_confinement(const UserReport& user) {
+  return {.seccomp_mode = static_cast<int>(status_number("Seccomp", 10)),
+          .calls = examine_calls(),
+          .no_new_privileges = status_number("NoNewPrivs", 10) != 0,
+          .container_signs = container_signs(user),
+          .memory_limit_bytes = memory_limit()};
 }
 
 int try_peer_pidfd() {

@@ -83,6 +83,13 @@ json answers_json(std::span<const NeedAnswer> answers) {
   return all;
 }
 
+json calls_json(const std::vector<CallReport>& calls) {
+  json all = json::array();
+  for (const CallReport& call : calls)
+    all.push_back({{"name", call.name}, {"works", call.os_error == 0}, {"errno", call.os_error}});
+  return all;
+}
+
 json pools_json(const std::vector<HugePagePool>& pools) {
   json all = json::array();
   for (const HugePagePool& pool : pools)
@@ -124,6 +131,7 @@ json doctor_json(const DoctorReport& report, std::span<const NeedAnswer> answers
                      {"map_count_max", report.map_count_max}}},
                    {"confinement",
                     {{"seccomp_mode", confinement.seccomp_mode},
+                     {"system_calls", calls_json(confinement.calls)},
                      {"no_new_privileges", confinement.no_new_privileges},
                      {"container_signs", confinement.container_signs},
                      {"memory_limit_bytes",

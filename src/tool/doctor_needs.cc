@@ -189,6 +189,34 @@ void advise_on_map_count(const DoctorReport& report, std::vector<NeedAnswer>& ad
               fmt::format("sysctl vm.max_map_count={}", kDefault)));
 }
 
+// A filter that refuses more than it must is what containers and units most often have.
+void advise_on_seccomp(const DoctorReport& report, std::vector<NeedAnswer>& advice) {
+  constexpr int kFilter = 2;
+  std::string refused;
+  for (const CallReport& call : report.confinement.calls)
+    if (call.is_refused())
+      refused +=
+          fmt::format("{}{} ({})", refused.empty() ? "" : ", ", call.name, std::strerror(call.os_error));
+  if (report.confinement.seccomp_mode != kFilter || refused.empty()) return;
+  advice.push_back(
+      lacking("seccomp", fmt::format("a seccomp filter is active, and these system calls fail: {}", refused),
+              "allow them in its profile: docker run --security-opt seccomp=PROFILE, seccompProfile in a "
+              "pod's securityContext, SystemCallFilter= in a unit"));
+}
+
+void advise_on_device(const DoctorReport& report, std::vector<NeedAnswer>& advice) {
+  const auto& ways = report.kernel.ways;
+  const auto device = std::ranges::find(ways, CreateWay::device, &CreateAttempt::way);
+  // A file's permissions are EACCES.
+  if (device == ways.end() || device->os_error != EPERM) return;
+  advice.push_back(lacking(
+      "device",
+      fmt::format("{} is refused whatever its permissions are: by the container's device cgroup, or a "
+                  "security module",
+                  abi::kDevicePath),
+      "docker run --device /dev/userfaultfd; DeviceAllow=/dev/userfaultfd rw in a unit"));
+}
+
 void advise_on_processes(const DoctorReport& report, std::vector<NeedAnswer>& advice) {
   if (report.pidfd_open_error != 0)
     advice.push_back(lacking("pidfd_open",
@@ -205,6 +233,10 @@ void advise_on_processes(const DoctorReport& report, std::vector<NeedAnswer>& ad
 }
 
 }  // namespace
+
+bool CallReport::is_refused() const {
+  return os_error == EPERM || os_error == EACCES || os_error == ENOSYS;
+}
 
 std::vector<std::string> need_words() {
   std::vector<std::string> words;
@@ -239,6 +271,8 @@ std::vector<NeedAnswer> advise(const DoctorReport& report) {
   for (const char* need : {"kernel-faults", "wp", "wp-async", "minor", "poison", "move", "fork-events",
                            "remove-events", "pagemap-scan", "huge-pages", "kvm"})
     if (NeedAnswer answer = answer_need(need, report); !answer.met) advice.push_back(std::move(answer));
+  advise_on_seccomp(report, advice);
+  advise_on_device(report, advice);
   advise_on_processes(report, advice);
   advise_on_descriptors(report, advice);
   advise_on_map_count(report, advice);

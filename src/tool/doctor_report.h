@@ -45,8 +45,16 @@ struct LimitReport {
   std::uint64_t hard = 0;
 };
 
+struct CallReport {  // a system call that serving needs
+  std::string name;
+  int os_error = 0;  // 0: it works
+  // Whether that is how filters, containers and security modules refuse a call.
+  bool is_refused() const;
+};
+
 struct ConfinementReport {
   int seccomp_mode = 0;  // 0 none, 1 strict, 2 filter
+  std::vector<CallReport> calls;
   bool no_new_privileges = false;
   std::vector<std::string> container_signs;
   std::optional<std::uint64_t> memory_limit_bytes;  // the cgroups' tightest

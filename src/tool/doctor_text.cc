@@ -129,6 +129,20 @@ void print_huge_pages(Text out, const DoctorReport& report) {
               kValueColumn));
 }
 
+// "a filter is active; no new privileges; refuses openat2".
+std::string confinement_text(const ConfinementReport& confinement) {
+  constexpr std::array<const char*, 3> kSeccomp = {"none", "strict", "a filter is active"};
+  const auto mode = static_cast<std::size_t>(confinement.seccomp_mode);
+  std::string text = mode < kSeccomp.size() ? kSeccomp[mode] : "unknown";
+  if (confinement.no_new_privileges) text += "; no new privileges";
+  std::string refused;
+  for (const CallReport& call : confinement.calls)
+    if (call.is_refused()) refused += (refused.empty() ? "" : ", ") + call.name;
+  if (!refused.empty()) text += "; refused: " + refused;
+  if (refused.empty() && confinement.seccomp_mode != 0) text += "; no call that serving needs is refused";
+  return text;
+}
+
 void print_machine(Text out, const DoctorReport& report) {
   heading(out, "Machine and limits");
   row(out, "/dev/kvm",
@@ -141,11 +155,7 @@ void print_machine(Text out, const DoctorReport& report) {
   row(out, "vm.max_map_count", std::to_string(report.map_count_max));
   row(out, "pidfd_open", works(report.pidfd_open_error));
   row(out, "SO_PEERPIDFD", works(report.peer_pidfd_error));
-  constexpr std::array<const char*, 3> kSeccomp = {"none", "strict", "a filter is active"};
-  const auto mode = static_cast<std::size_t>(report.confinement.seccomp_mode);
-  row(out, "seccomp",
-      fmt::format("{}{}", mode < kSeccomp.size() ? kSeccomp[mode] : "unknown",
-                  report.confinement.no_new_privileges ? "; no new privileges" : ""));
+  row(out, "seccomp", confinement_text(report.confinement));
   row(out, "signs of a container",
       report.confinement.container_signs.empty()
           ? "none"

@@ -1,13 +1,17 @@
 // uffdkit doctor as a program: exit codes, and what goes to which stream.
 #include <gtest/gtest.h>
+#include <seccomp.h>
 #include <sys/mman.h>
 #include <uffdkit/uffd.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <fstream>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "support/client.h"
 #include "support/huge_pages.h"
 #include "support/program.h"
 
@@ -87,6 +91,28 @@ TEST(Doctor, RefusesAnUnknownAbilityAndListsThoseThatThereAre) {
 
 TEST(Doctor, RefusesAnUnknownOption) {
   EXPECT_EQ(doctor({"--cure"}).exit_code, 2);
+}
+
+TEST(Doctor, SaysWhatASeccompFilterRefusesAndWhatToDo) {
+  test::Child confined = test::program([](const test::Channel&) {
+    const std::unique_ptr<void, decltype(&seccomp_release)> filter(seccomp_init(SCMP_ACT_ALLOW),
+                                                                   &seccomp_release);
+    test::require(seccomp_rule_add(filter.get(), SCMP_ACT_ERRNO(EPERM), SCMP_SYS(userfaultfd), 0) == 0 &&
+                      seccomp_rule_add(filter.get(), SCMP_ACT_ERRNO(ENOSYS), SCMP_SYS(openat2), 0) == 0 &&
+                      seccomp_load(filter.get()) == 0,
+                  "no filter");
+    const Finished text = doctor({});
+    test::require(
+        contains(text.out, "a filter is active; no new privileges; refused: userfaultfd, openat2") &&
+            contains(text.out, "--security-opt"),
+        text.out);
+    const auto report = nlohmann::json::parse(doctor({"--json"}).out);
+    test::require(report.at("confinement").at("seccomp_mode") == 2, "the mode");
+    bool advised = false;
+    for (const auto& advice : report.at("advice")) advised = advised || advice.at("need") == "seccomp";
+    test::require(advised, "no advice");
+  });
+  EXPECT_EQ(confined.wait(), 0);
 }
 
 class DoctorForNobody : public testing::Test {

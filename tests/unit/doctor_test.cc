@@ -166,11 +166,45 @@ TEST(Advice, GivesARemedyForEachLack) {
   report.map_count_max = 1000;
   report.shmem_thp = "always";
   const std::vector<NeedAnswer> advice = advise(report);
-  EXPECT_EQ(advice.size(), 8u);
+  EXPECT_EQ(advice.size(), 9u);
   for (const NeedAnswer& answer : advice) {
     EXPECT_FALSE(answer.reason.empty()) << answer.need;
     EXPECT_FALSE(answer.remedy.empty()) << answer.need;
   }
+}
+
+DoctorReport under_a_filter(std::vector<CallReport> calls) {
+  DoctorReport report = healthy();
+  report.confinement.seccomp_mode = 2;
+  report.confinement.calls = std::move(calls);
+  return report;
+}
+
+TEST(Advice, NamesTheCallsThatAFilterRefuses) {
+  const DoctorReport report =
+      under_a_filter({{"userfaultfd", EPERM}, {"memfd_create", 0}, {"openat2", ENOSYS}});
+  const std::vector<NeedAnswer> advice = advise(report);
+  ASSERT_EQ(advice.size(), 1u);
+  EXPECT_EQ(advice[0].need, "seccomp");
+  EXPECT_NE(advice[0].reason.find("userfaultfd (Operation not permitted), openat2"), std::string::npos)
+      << advice[0].reason;
+  EXPECT_EQ(advice[0].reason.find("memfd_create"), std::string::npos);
+  EXPECT_NE(advice[0].remedy.find("--security-opt"), std::string::npos);
+  EXPECT_NE(doctor_text(report).find("a filter is active; refused: userfaultfd, openat2"), std::string::npos);
+  EXPECT_EQ(doctor_json(report, {}).at("confinement").at("system_calls").at(2).at("errno"), ENOSYS);
+}
+
+TEST(Advice, IsSilentAboutAFilterThatRefusesNothingThatIsNeeded) {
+  const DoctorReport report = under_a_filter({{"userfaultfd", 0}, {"openat2", EINVAL}});
+  EXPECT_TRUE(advise(report).empty());
+  EXPECT_NE(doctor_text(report).find("no call that serving needs is refused"), std::string::npos);
+}
+
+TEST(Advice, TellsAContainersDeviceListFromPermissions) {
+  EXPECT_EQ(advise(without_ways({CreateWay::device})).at(0).need, "device");  // EPERM
+  DoctorReport report = without_ways({CreateWay::device});
+  report.kernel.ways[0].os_error = EACCES;
+  EXPECT_TRUE(advise(report).empty());
 }
 
 TEST(DoctorText, StaysWithinAHundredColumnsWhateverTheReasons) {
