@@ -70,11 +70,11 @@ bool is_connected_socket(int fd) {
   return ::getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &size) == 0 && peer.ss_family == AF_UNIX;
 }
 
-// The lowest place that `is_free` says is free, or `count`.
-template <class IsFree>
-std::size_t free_place(std::size_t count, const IsFree& is_free) {
+// The lowest place of which that holds, or `count`.
+template <class Holds>
+std::size_t first_place(std::size_t count, const Holds& holds) {
   for (std::size_t i = 0; i < count; ++i)
-    if (is_free(i)) return i;
+    if (holds(i)) return i;
   return count;
 }
 
@@ -190,6 +190,13 @@ SessionCounters& Records::counters_of(std::size_t session) const {
   return *reinterpret_cast<SessionCounters*>(memory_.data() + kCountersAt + session * kCountersBytes);
 }
 
+std::size_t Records::index_of(SessionId id) const {
+  const std::size_t index =
+      first_place(kSessionsMax, [&](std::size_t i) { return is_there(i) && session_table()[i].id == id; });
+  CHECK(index < kSessionsMax);
+  return index;
+}
+
 // One that has been counted has ended, though its record is not free yet.
 bool Records::is_there(std::size_t session) const {
   return session_table()[session].valid != 0 && shared_->counted >> 1 != session + 1;
@@ -252,7 +259,7 @@ Result<std::size_t> Records::use_image(const std::shared_ptr<StoreLane>& lane) {
     return Failure(
         Error(fmt::format("the image's name has {} bytes, more than {}", name.size(), table->name.size()),
               ENAMETOOLONG));
-  const std::size_t index = free_place(kImagesMax, [&](std::size_t i) { return table[i].valid == 0; });
+  const std::size_t index = first_place(kImagesMax, [&](std::size_t i) { return table[i].valid == 0; });
   if (index == kImagesMax) return Failure(full("images", kImagesMax));
   FileImage& record = table[index];
   step();
@@ -281,7 +288,7 @@ Result<SessionCounters*> Records::add(const Session& session, std::shared_ptr<St
                                       std::shared_ptr<SharedImage> memory) {
   const std::lock_guard lock(mutex_);
   FileSession* table = session_table();
-  const std::size_t index = free_place(kSessionsMax, [&](std::size_t i) { return table[i].valid == 0; });
+  const std::size_t index = first_place(kSessionsMax, [&](std::size_t i) { return table[i].valid == 0; });
   if (index == kSessionsMax) return Failure(full("sessions", kSessionsMax));
   const Result<std::size_t> image = use_image(lane);
   if (!image) return Failure(image.error());
@@ -365,7 +372,7 @@ void Records::free(SessionId id, HasEnded has_ended) {
 Result<void> Records::add(const Listener& listener, const std::shared_ptr<StoreLane>& lane) {
   const std::lock_guard lock(mutex_);
   FileListener* table = listener_table();
-  const std::size_t index = free_place(kListenersMax, [&](std::size_t i) { return table[i].valid == 0; });
+  const std::size_t index = first_place(kListenersMax, [&](std::size_t i) { return table[i].valid == 0; });
   if (index == kListenersMax) return Failure(full("sockets", kListenersMax));
   std::uint32_t image_index = kNone;
   if (lane) {
@@ -475,10 +482,11 @@ void Records::release_image(const StoreLane* lane) {
   leave_image(lane);
 }
 
-void Records::give_up(const Session& session) {
+const SessionCounters& Records::give_up(const Session& session) {
   const std::lock_guard lock(mutex_);
-  for (std::size_t i = 0; i < kSessionsMax && session_table()[i].kind != 0; ++i)
-    if (is_there(i) && session_table()[i].id == session.id) count_and_free(i);
+  const std::size_t index = index_of(session.id);
+  count_and_free(index);
+  return counters_of(index);
 }
 
 void Records::give_up(const Listener& listener) {
@@ -492,9 +500,7 @@ void Records::give_up(const Listener& listener) {
 SessionCounters* Records::taken_up(const Session& session, std::shared_ptr<StoreLane> lane,
                                    std::shared_ptr<SharedImage> memory) {
   const std::lock_guard lock(mutex_);
-  const FileSession* table = session_table();
-  const std::size_t index = free_place(
-      kSessionsMax, [&](std::size_t i) { return table[i].valid != 0 && table[i].id == session.id; });
+  const std::size_t index = index_of(session.id);
   ++images_.try_emplace(lane.get(), ImageUse{.index = session.image, .users = 0}).first->second.users;
   sessions_[session.id] = {.index = index, .lane = std::move(lane), .memory = std::move(memory)};
   return &counters_of(index);

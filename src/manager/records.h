@@ -159,8 +159,9 @@ class Records {
   // others of the same image are still to come.
   void hold_image(std::size_t index, const StoreLane* lane);
   void release_image(const StoreLane* lane);
-  // It will not be taken up: its descriptors are nobody's, and may be closed.
-  void give_up(const Session& session);
+  // It will not be taken up: its descriptors are nobody's, and may be closed. Gives what it has counted, as
+  // long as no other is added.
+  const SessionCounters& give_up(const Session& session);
   void give_up(const Listener& listener);
   void taken_up(const Listener& listener, std::shared_ptr<StoreLane> lane);
   // Whether a session has this userfaultfd.
@@ -189,6 +190,8 @@ class Records {
   FileImage* image_table() const;
   SessionCounters& counters_of(std::size_t session) const;
   bool is_there(std::size_t session) const;
+  // Of one that is there.
+  std::size_t index_of(SessionId id) const;
   void nudge_keeper() const;
   // Whether there is such a session. Takes the lock.
   template <class Is>

@@ -6,6 +6,8 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include <algorithm>
+
 #include "base/check.h"
 #include "base/step.h"
 
@@ -20,6 +22,12 @@ bool is_userfaultfd(int fd) {
   const ssize_t bytes = ::readlink(fmt::format("/proc/self/fd/{}", fd).c_str(), kind.data(), kind.size());
   return bytes > 0 &&
          std::string_view(kind.data(), static_cast<std::size_t>(bytes)) == "anon_inode:[userfaultfd]";
+}
+
+// Whether its client has descriptors of its own, and hands them over again; but not those of children whose
+// forks were not applied.
+bool can_come_back(const Records::Session& session) {
+  return session.kind == SessionKind::native && SessionState::forks_in_inbox(session.state_file).empty();
 }
 
 }  // namespace
@@ -76,8 +84,8 @@ Result<void> Manager::Impl::take_up(const Records::Session& session, Inherited& 
       memory = inherited.memories[session.image] = std::move(*taken);
     }
   }
-  // A native client can wait for the image to be whole again.
-  const bool waits = image->damage && session.kind == SessionKind::native;
+  // A client that can come back waits for the image to be whole again.
+  const bool waits = image->damage && can_come_back(session);
   const Result<void> taken = waits ? Failure(*image->damage) : take_up(session, image->lane, memory);
   if (taken) return {};
   log_.write(fmt::format("session {} cannot be taken up: {}", session.id, taken.error().text()));
@@ -136,17 +144,22 @@ Result<void> Manager::Impl::take_up(const Records::Session& session, const std::
 void Manager::Impl::cannot_take_up(const Records::Session& session, const std::shared_ptr<StoreLane>& lane,
                                    const std::shared_ptr<SharedImage>& memory) {
   Records& records = *options_.records;
-  // Its client has descriptors of its own, and hands them over again when it can be served; but not those of
-  // children whose forks were not applied.
-  if (session.kind == SessionKind::native && SessionState::forks_in_inbox(session.state_file).empty()) {
-    records.give_up(session);
+  // Two that serve the same memory would spoil it.
+  const auto has_come_back = [this, file = identity_of(session.state_file)] {
+    return std::ranges::any_of(sessions_, [&](const auto& entry) { return entry.second.state_file == file; });
+  };
+  if (can_come_back(session) || has_come_back()) {
+    SessionStatus ended;
+    set_counts(ended, records.give_up(session));
+    add_counters(ended_counters_, counters_json(ended));
+    ++sessions_ended_;
     for (const int fd : {session.uffd, session.state_file, session.process}) UniqueFd(fd).reset();
     return;
   }
   // For want of descriptors or memory, which others give back.
   records.hold_image(session.image, lane.get());
   loop_->after(kTakeUpAgainMs, [=, this] {
-    if (!take_up(session, lane, memory)) cannot_take_up(session, lane, memory);
+    if (has_come_back() || !take_up(session, lane, memory)) cannot_take_up(session, lane, memory);
     options_.records->release_image(lane.get());
   });
 }
