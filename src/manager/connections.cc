@@ -13,7 +13,7 @@ namespace uffdkit {
 namespace {
 
 // What one recvmsg(2) takes.
-using ReceiveBuffer = std::array<std::byte, 16 * 1024>;
+using ReceiveBuffer = std::array<std::byte, std::size_t{16} * 1024>;
 // What a client can have under way to us, by the default of net.core.wmem_default less what the kernel counts
 // on top of it. A handshake that is longer (of more than 500 regions) is taken out of the socket, or its
 // sender would wait for that.
@@ -88,11 +88,12 @@ void FirecrackerConnection::ready() {
     step();
     peeked_ += piece->bytes.size();
     if (peeked_ > kPeekedBytesMax) drop_peeked(socket_.get(), std::exchange(peeked_, 0));
-    Result<std::optional<FirecrackerHandshake>> handshake = decoder_.feed(std::move(*piece));
-    if (!handshake) return refuse(handshake.error());
-    if (!*handshake) continue;
-    Result<AttachedSession> attached = service_.attach({.request = std::move((*handshake)->request),
-                                                        .uffd = std::move((*handshake)->uffd),
+    Result<std::optional<FirecrackerHandshake>> fed = decoder_.feed(std::move(*piece));
+    if (!fed) return refuse(fed.error());
+    std::optional<FirecrackerHandshake>& handshake = *fed;
+    if (!handshake) continue;
+    Result<AttachedSession> attached = service_.attach({.request = std::move(handshake->request),
+                                                        .uffd = std::move(handshake->uffd),
                                                         .peer = &peer_,
                                                         .connection = cookie_of(socket_.get()),
                                                         .keeps_descriptor = false},
@@ -203,9 +204,9 @@ void NativeConnection::handle(std::uint32_t id, native::Request request) {
 
   if (!session_ || detach_request_)
     return refuse(id, native::ErrorCode::no_such_session, Error("nothing is attached on this connection"));
-  if (auto* wanted = std::get_if<native::AddRegions>(&request)) return add_regions(id, *wanted);
-  if (auto* wanted = std::get_if<native::DropRegions>(&request)) return drop_regions(id, *wanted);
-  if (auto* wanted = std::get_if<native::Detach>(&request)) return detach(id, *wanted);
+  if (auto* wanted = std::get_if<native::AddRegions>(&request)) return add_regions(id, *session_, *wanted);
+  if (auto* wanted = std::get_if<native::DropRegions>(&request)) return drop_regions(id, *session_, *wanted);
+  if (auto* wanted = std::get_if<native::Detach>(&request)) return detach(id, *session_, *wanted);
   const std::optional<SessionStatus> status = service_.engine().session(*session_);
   if (!status) return refuse(id, native::ErrorCode::no_such_session, Error("the session has ended"));
   answer(id,
@@ -331,7 +332,7 @@ Engine::Done NativeConnection::answer_when_done(std::uint32_t id, std::size_t pa
   });
 }
 
-void NativeConnection::add_regions(std::uint32_t id, const native::AddRegions& request) {
+void NativeConnection::add_regions(std::uint32_t id, SessionId session, const native::AddRegions& request) {
   if (auto valid = validate(request.regions, image_size_); !valid)
     return refuse(id, native::ErrorCode::invalid, valid.error());
   if (auto granted = service_.may_add(peer_, request.regions); !granted)
@@ -339,46 +340,47 @@ void NativeConnection::add_regions(std::uint32_t id, const native::AddRegions& r
   const Engine::Done done = answer_when_done(id, request.regions.size());
   for (const RequestedRegion& region : request.regions)
     service_.engine().add_region(
-        *session_, {.memory = region.memory, .offset = region.offset, .page_size = region.page_size}, image_,
+        session, {.memory = region.memory, .offset = region.offset, .page_size = region.page_size}, image_,
         service_.count_until_added(peer_, region, done));
 }
 
-void NativeConnection::drop_regions(std::uint32_t id, const native::DropRegions& request) {
+void NativeConnection::drop_regions(std::uint32_t id, SessionId session, const native::DropRegions& request) {
   if (auto valid = validate(request.ranges); !valid)
     return refuse(id, native::ErrorCode::invalid, valid.error());
   const Engine::Done done = answer_when_done(id, request.ranges.size());
-  for (const AddressRange range : request.ranges) service_.engine().drop(*session_, range, done);
+  for (const AddressRange range : request.ranges) service_.engine().drop(session, range, done);
 }
 
-void NativeConnection::detach(std::uint32_t id, const native::Detach& request) {
+void NativeConnection::detach(std::uint32_t id, SessionId session, const native::Detach& request) {
   detach_request_ = id;
   const Engine::Done ignored = [](const Result<void>&) {};
   if (request.mode == native::DetachMode::populate) {
-    service_.engine().begin_detach(*session_, Unreadable::keep_serving, ignored);
+    service_.engine().begin_detach(session, Unreadable::keep_serving, ignored);
   } else {
-    service_.engine().release(*session_, ignored);
+    service_.engine().release(session, ignored);
   }
 }
 
 void NativeConnection::session_ended(SessionEnd end) {
   session_.reset();
-  if (!detach_request_) {
+  const std::optional<std::uint32_t> asked = std::exchange(detach_request_, std::nullopt);
+  if (!asked) {
     // The client hears by the connection's end that it has to look for a successor.
     close_after_sending();
     return send_queued();
   }
-  const std::uint32_t id = *std::exchange(detach_request_, std::nullopt);
   if (end == SessionEnd::detached || end == SessionEnd::released) {
-    answer(id, native::Ok{});
+    answer(*asked, native::Ok{});
   } else {
-    refuse(id, native::ErrorCode::internal, Error("the session ended before it was complete"));
+    refuse(*asked, native::ErrorCode::internal, Error("the session ended before it was complete"));
   }
   send_queued();
 }
 
 void NativeConnection::detach_failed(const Error& error) {
-  if (!detach_request_) return;
-  refuse(*std::exchange(detach_request_, std::nullopt), native::ErrorCode::internal, error);
+  const std::optional<std::uint32_t> asked = std::exchange(detach_request_, std::nullopt);
+  if (!asked) return;
+  refuse(*asked, native::ErrorCode::internal, error);
   send_queued();
 }
 

@@ -68,9 +68,9 @@ class NativeConnection final : public Connection {
   void attach_to(std::uint32_t id, native::Attach request, std::shared_ptr<StoreLane> image);
   void attach(std::uint32_t id, native::Attach request);
   void resume(std::uint32_t id, native::Resume request);
-  void add_regions(std::uint32_t id, const native::AddRegions& request);
-  void drop_regions(std::uint32_t id, const native::DropRegions& request);
-  void detach(std::uint32_t id, const native::Detach& request);
+  void add_regions(std::uint32_t id, SessionId session, const native::AddRegions& request);
+  void drop_regions(std::uint32_t id, SessionId session, const native::DropRegions& request);
+  void detach(std::uint32_t id, SessionId session, const native::Detach& request);
   void answer_attached(std::uint32_t id, Result<AttachedSession> attached);
   // The request in hand is answered by answers to come: those behind it wait, until go_on().
   void wait() { waiting_ = true; }

@@ -57,8 +57,8 @@ Result<ListeningSocket> listen_in_place_of_others(const std::string& path) {
 
 class CriuDaemon::Impl final : public EngineListener {
  public:
-  Impl(CriuImage image, ListeningSocket listener, const CriuDaemonOptions& options)
-      : image_(std::move(image)), listener_(std::move(listener)), options_(options) {}
+  Impl(CriuImage image, ListeningSocket listener, CriuDaemonOptions options)
+      : image_(std::move(image)), listener_(std::move(listener)), options_(std::move(options)) {}
 
   Result<void> run();
 
@@ -104,6 +104,7 @@ class CriuDaemon::Impl final : public EngineListener {
 };
 
 Result<void> CriuDaemon::Impl::run() {
+  if (!listener_) return Failure(Error("a daemon runs once", EINVAL));
   Result<std::unique_ptr<EventLoop>> loop = EventLoop::create();
   if (!loop) return Failure(std::move(loop).error());
   loop_ = std::move(*loop);
@@ -150,6 +151,7 @@ void CriuDaemon::Impl::end_with(Error error) {
 // ---- the restorer -----------------------------------------------------------------------------------------
 
 void CriuDaemon::Impl::accept() {
+  if (!listener_) return;
   Accepted accepted = listener_->accept();
   if (!accepted.socket) {
     if (accepted.os_error != 0) end_with(Error::from_errno("accept the restorer", accepted.os_error));

@@ -89,13 +89,14 @@ Result<CriuImage> CriuImage::open(const std::string& directory) {
   std::vector<Level> levels;
   levels.push_back({.directory = std::move(*newest), .pages = {}});
   for (;;) {
-    Result<std::optional<criu::ImageDirectory>> parent = levels.back().directory.parent();
-    if (!parent) return Failure(std::move(parent).error());
-    if (!*parent) break;
+    Result<std::optional<criu::ImageDirectory>> looked = levels.back().directory.parent();
+    if (!looked) return Failure(std::move(looked).error());
+    std::optional<criu::ImageDirectory>& parent = *looked;
+    if (!parent) break;
     if (levels.size() == kLevelsMax)
       return Failure(
           Error(fmt::format("{} builds on more than {} others, or on itself", directory, kLevelsMax), ELOOP));
-    levels.push_back({.directory = std::move(**parent), .pages = {}});
+    levels.push_back({.directory = *std::move(parent), .pages = {}});
   }
   return CriuImage(std::move(levels), std::move(*tasks));
 }

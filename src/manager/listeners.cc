@@ -251,6 +251,7 @@ void Manager::Impl::accept(Listener& listener) {
 }
 
 void Manager::Impl::accept_control() {
+  if (!control_) return;
   while (in_stage(Stage::control) < kControlMax) {
     Accepted accepted = control_->accept();
     if (!accepted.socket) {
