@@ -172,19 +172,12 @@ class Drain : public Crash {
   static Finished drain(const ManagerProcess& manager) {
     return run_program("uffdkit", {"drain", "--control", manager.control()});
   }
-  // Touches one page, and all the others when it is told to.
-  static void touch_one_then_all(const ClientMemory& memory, const Channel& channel) {
-    memory.check(0);
-    channel.send(1);
-    channel.receive();
-    memory.check_all(2, 1);
-  }
 };
 
 TEST_F(Drain, ClientsNeedNoManagerAfterwards) {
   ManagerProcess manager(directory_, arguments());
   image_.make_cold();
-  Child process = client(image_, whole(image_), firecracker_, touch_one_then_all);
+  Child process = client(image_, whole(image_), firecracker_, after_one_page(check_all_pages));
   process.channel().receive();
   const Finished drained = drain(manager);
   EXPECT_EQ(drained.exit_code, 0) << drained.err;
@@ -200,7 +193,7 @@ TEST_F(Drain, IsAskedForAgainWhenAnotherWorkerTakesOver) {
   std::vector<std::string> slow = arguments();
   slow.insert(slow.end(), {"--store-fault", "delay,ms=20", "--fault-around", "1"});
   ManagerProcess manager(directory_, slow);
-  Child process = client(image_, whole(image_), firecracker_, touch_one_then_all);
+  Child process = client(image_, whole(image_), firecracker_, after_one_page(check_all_pages));
   process.channel().receive();
   Child killer([&](const Channel&) {
     const bool begun = eventually([&] { return manager.count("draining") > 0; });
@@ -220,12 +213,8 @@ TEST_F(Drain, IsAskedForAgainWhenAnotherWorkerTakesOver) {
 TEST_F(Drain, AClientThatCannotBeCompletedIsServedOn) {
   const ManagerProcess manager(directory_, arguments());
   Child process =
-      client(image_, whole(image_), firecracker_, [](const ClientMemory& memory, const Channel& channel) {
-        memory.check(0);
-        channel.send(1);
-        channel.receive();
-        memory.check(100);
-      });
+      client(image_, whole(image_), firecracker_,
+             after_one_page([](const ClientMemory& memory, const Channel&) { memory.check(100); }));
   process.channel().receive();
   image_.make_cold();
   image_.cut(kPages / 2);
@@ -283,15 +272,12 @@ TEST_F(Crash, AKeeperThatTookOverEndsAsTheFirstOneDoes) {
 
 TEST_F(Crash, AnEndThatHasBegunIsGoneOnWith) {
   ManagerProcess manager(directory_, arguments());
-  const Child process =
-      client(image_, whole(image_), firecracker_, [](const ClientMemory& memory, const Channel& channel) {
-        memory.check(0);
-        channel.send(1);
-        channel.receive();
-        memory.check_all(2, 1);
-        channel.send(2);
-        channel.receive();
-      });
+  const Child process = client(image_, whole(image_), firecracker_,
+                               after_one_page([](const ClientMemory& memory, const Channel& channel) {
+                                 check_all_pages(memory, channel);
+                                 channel.send(2);
+                                 channel.receive();
+                               }));
   process.channel().receive();
   const pid_t worker = manager.worker_pid();
   image_.make_cold();
@@ -384,11 +370,7 @@ TEST_F(Crash, ASocketThatWasAddedIsListenedAtAfterwards) {
 TEST_F(Crash, TakingOverLeavesNothingOpen) {
   const ManagerProcess manager(directory_, arguments());
   Child process =
-      client(image_, whole(image_), firecracker_, [](const ClientMemory& memory, const Channel& channel) {
-        memory.check(0);
-        channel.send(1);
-        channel.receive();
-      });
+      client(image_, whole(image_), firecracker_, after_one_page([](const ClientMemory&, const Channel&) {}));
   process.channel().receive();
   ASSERT_TRUE(eventually([&] { return manager.sessions() == 1; }));
   const Footprint before = manager.footprint();

@@ -30,18 +30,16 @@ class TakingUp : public ManagerTest {
   // Touches page 0 before the takeover and these after it, each of which either is right or raises SIGBUS;
   // then, when the image is whole again, all.
   Child touching(std::size_t right, std::size_t unreadable) const {
-    return client(image_, whole(image_), socket_, [=](const ClientMemory& memory, const Channel& channel) {
-      memory.check(0);
-      channel.send(1);
-      channel.receive();
-      memory.check(0);
-      memory.check(right);
-      require(raises_sigbus(memory.bytes(unreadable).data()), "it raises no SIGBUS");
-      channel.send(2);
-      channel.receive();
-      for (std::size_t page = 0; page < kPages; ++page)
-        if (page != unreadable) memory.check(page);
-    });
+    return client(image_, whole(image_), socket_,
+                  after_one_page([=](const ClientMemory& memory, const Channel& channel) {
+                    memory.check(0);
+                    memory.check(right);
+                    require(raises_sigbus(memory.bytes(unreadable).data()), "it raises no SIGBUS");
+                    channel.send(2);
+                    channel.receive();
+                    for (std::size_t page = 0; page < kPages; ++page)
+                      if (page != unreadable) memory.check(page);
+                  }));
   }
 
   const Image image_{directory_ / "image", kPages};
@@ -86,19 +84,12 @@ TEST_F(TakingUp, ASocketWhoseImageIsGoneStaysAndTurnsClientsAwayUntilAWorkerFind
   const Image again(image_.path(), kPages);
   ASSERT_TRUE(another_takes_over(2)) << manager_.log();
   EXPECT_EQ(manager_.status().at("listeners"), listeners);
-  Child process = client(again, whole(again), socket_,
-                         [](const ClientMemory& memory, const Channel&) { memory.check_all(2, 1); });
+  Child process = client(again, whole(again), socket_, check_all_pages);
   EXPECT_EQ(process.wait(), 0) << manager_.log();
 }
 
 TEST_F(TakingUp, AWorkerThatCannotIsFollowedByOneThatCan) {
-  Child process =
-      client(image_, whole(image_), socket_, [](const ClientMemory& memory, const Channel& channel) {
-        memory.check(0);
-        channel.send(1);
-        channel.receive();
-        memory.check_all(2, 1);
-      });
+  Child process = client(image_, whole(image_), socket_, after_one_page(check_all_pages));
   process.channel().receive();
   // No room for the stack of a thread.
   std::uint64_t pages = 0;

@@ -132,8 +132,21 @@ Child program(const std::function<void(const Channel&)>& work) {
   });
 }
 
+ClientWork after_one_page(ClientWork work) {
+  return [work = std::move(work)](const ClientMemory& memory, const Channel& channel) {
+    memory.check(0);
+    channel.send(1);
+    channel.receive();
+    work(memory, channel);
+  };
+}
+
+void check_all_pages(const ClientMemory& memory, const Channel&) {
+  memory.check_all(2, 1);
+}
+
 Child client(const Image& image, const ClientShape& shape, const std::string& socket,
-             const std::function<void(const ClientMemory&, const Channel&)>& work) {
+             const ClientWork& work) {
   return program([&](const Channel& channel) {
     const ClientMemory memory(image, shape);
     const UniqueFd connection = memory.hand_over(socket);

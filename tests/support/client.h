@@ -83,9 +83,15 @@ class ClientMemory {
   std::vector<Page> pages_;
 };
 
+// What a client does.
+using ClientWork = std::function<void(const ClientMemory&, const Channel&)>;
+// Touches the first page and says so; does `work` when it is sent something.
+ClientWork after_one_page(ClientWork work);
+// Touches all pages.
+void check_all_pages(const ClientMemory& memory, const Channel& channel);
+
 // A client that has handed its memory over to the manager at `socket` as Firecracker does.
-Child client(const Image& image, const ClientShape& shape, const std::string& socket,
-             const std::function<void(const ClientMemory&, const Channel&)>& work);
+Child client(const Image& image, const ClientShape& shape, const std::string& socket, const ClientWork& work);
 // A process without memory of that kind, under the same rules.
 Child program(const std::function<void(const Channel&)>& work);
 
