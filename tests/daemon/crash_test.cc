@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -46,6 +47,8 @@ class Crash : public ManagerTest {
       AttachOptions options;
       if (i % 2 == 1) options.sharing = AttachOptions::Share::if_possible;
       options.removed_reads_zero = true;
+      // A program on trial may keep all of them waiting for 10 s.
+      options.limits.answer = std::chrono::seconds(30);
       clients.start({.kind = kind,
                      .socket = kind == Turmoil::Kind::native ? native_ : firecracker_,
                      .image_name = "image",

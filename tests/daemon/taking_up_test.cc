@@ -44,8 +44,8 @@ class TakingUp : public ManagerTest {
 
   const Image image_{directory_ / "image", kPages};
   const std::string socket_ = directory_ / "fc.sock";
-  const ManagerProcess manager_{directory_,
-                                {"--firecracker", socket_ + "=" + image_.path(), "--fault-around", "1"}};
+  const ManagerProcess manager_{
+      directory_, {"--firecracker", socket_ + "=" + image_.path(), "--fault-around", "1", "--no-prefetch"}};
 };
 
 TEST_F(TakingUp, WhatIsMissingOfAnImageThatIsGoneAnswersWithSigbusUntilItIsBack) {
@@ -110,7 +110,7 @@ TEST_F(TakingUp, AWorkerThatCannotIsFollowedByOneThatCan) {
 TEST_F(TakingUp, WhatWasCountedIsCountedOn) {
   Child process =
       client(image_, whole(image_), socket_, [](const ClientMemory& memory, const Channel& channel) {
-        for (std::size_t i = 0; i < 100; ++i) memory.check(i * 37 % kPages);  // none comes uncalled for
+        for (std::size_t i = 0; i < 100; ++i) memory.check(i * 37 % kPages);
         memory.give_back(0, 10, MADV_DONTNEED);
         channel.send(1);
         channel.receive();
