@@ -149,6 +149,7 @@ Result<A> RemoteSessionCore::ask(std::unique_lock<std::mutex>& lock, const Make&
   for (;;) {
     if (auto attached = check_attached(); !attached) return Failure(std::move(attached).error());
     const std::uint64_t resumes = connection_.resumes;
+    // NOLINTNEXTLINE(bugprone-unchecked-optional-access): whoever is attached has one.
     Result<A> answer = channel_->ask<A>(make(), patience);
     if (answer || !is_lost(answer.error())) return answer;
     const auto found = [&] { return connection_.resumes != resumes || connection_.state == State::given_up; };
@@ -253,10 +254,10 @@ void RemoteSessionCore::let_go() {
 
 void RemoteSessionCore::watch() {
   for (;;) {
-    int socket;
+    int socket = -1;
     {
       const std::lock_guard lock(mutex_);
-      socket = channel_->fd();
+      if (channel_) socket = channel_->fd();
     }
     // Only the end is waited for: answers belong to whoever asked.
     std::array<pollfd, 2> entries = {pollfd{.fd = stop_.get(), .events = POLLIN, .revents = 0},

@@ -51,6 +51,7 @@ std::vector<int> open_descriptors() {
   DIR* directory = ::opendir("/proc/self/fd");
   if (directory == nullptr) return found;
   const int own = ::dirfd(directory);
+  // NOLINTNEXTLINE(concurrency-mt-unsafe): nobody else has this directory open.
   while (const dirent* entry = ::readdir(directory)) {
     const std::string_view name = entry->d_name;
     int fd = -1;

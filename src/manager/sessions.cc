@@ -229,7 +229,7 @@ void Manager::Impl::resume(UniqueFd uffd_fd, UniqueFd state_fd, const Peer& peer
     // Somebody else may have taken it up meanwhile.
     if (auto own = resume_own(kept->state.fd(), kept->peer, connection)) return attached(*std::move(own));
     attached(take_up(std::move(kept->uffd), std::move(kept->process), std::move(kept->state), kept->peer.uid,
-                     kept->peer.pid, std::move(*image), connection));
+                     kept->peer.pid, *image, connection));
   });
 }
 

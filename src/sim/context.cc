@@ -104,6 +104,7 @@ EventWait::EventWait(Changing changing, Sleeper& sleeper, abi::Msg message, Cont
   if (!changing_.context()->released) changing_.context()->events_.push_back(this);
 }
 
+// NOLINTNEXTLINE(bugprone-exception-escape): only want of memory throws.
 EventWait::~EventWait() {
   changing_.context()->events_.remove(this);
   // Nobody will ever hold a descriptor for the child's memory, so its areas must not wait for one.

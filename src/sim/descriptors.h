@@ -31,6 +31,7 @@ using FilePtr = std::shared_ptr<File>;
 class UffdFile final : public File {
  public:
   explicit UffdFile(ContextPtr context) : context_(std::move(context)) {}
+  // NOLINTNEXTLINE(bugprone-exception-escape): only want of memory throws.
   ~UffdFile() override { context_->release(); }
   int ioctl(Caller& caller, unsigned long request, std::uintptr_t argument) override;
   std::ptrdiff_t read(Caller& caller, std::uintptr_t buffer, std::size_t bytes) override;

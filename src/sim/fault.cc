@@ -105,7 +105,7 @@ FaultAnswer missing_anonymous(AddressSpace& space, Area& area, std::uint64_t pag
 // do_fault_around(); include/linux/userfaultfd_k.h, uffd_disable_fault_around().
 void fault_around(AddressSpace& space, const Area& area, std::uint64_t address) {
   if (area.registered_for(abi::kRegisterWp | abi::kRegisterMinor)) return;
-  constexpr std::uint64_t kWindow = 64 * 1024;
+  constexpr std::uint64_t kWindow = std::uint64_t{64} * 1024;
   const std::uint64_t first = std::max(address / kWindow * kWindow, area.start);
   const std::uint64_t end = std::min(address / kWindow * kWindow + kWindow, area.end);
   for (std::uint64_t page = first; page < end; page += kSmallPage) {

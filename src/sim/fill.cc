@@ -131,9 +131,7 @@ std::int64_t fill_range(AddressSpace& space, const Fill& fill) {
   if (area->huge()) {
     if (fill.how == Filling::zero) return -EINVAL;  // there is no huge page of zeros to map
     if (fill.dst % kHugePage != 0 || fill.len % kHugePage != 0) return -EINVAL;
-  } else if (!area->anonymous() && !area->shmem()) {
-    return -EINVAL;
-  } else if (!area->shmem() && fill.how == Filling::resume) {
+  } else if (!area->shmem() && (!area->anonymous() || fill.how == Filling::resume)) {
     return -EINVAL;
   }
 

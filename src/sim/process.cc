@@ -40,6 +40,7 @@ Thread& ProcessImpl::spawn_thread() {
 
 std::vector<Thread*> ProcessImpl::threads() {
   std::vector<Thread*> all;
+  all.reserve(threads_.size());
   for (const auto& thread : threads_) all.push_back(thread.get());
   return all;
 }

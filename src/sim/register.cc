@@ -57,11 +57,9 @@ int ioctl_api(Caller& caller, Context& context, std::uintptr_t argument) {
   if ((wanted & abi::kFeatureWpAsync) != 0) wanted |= abi::kFeatureWpUnpopulated;
 
   int result = 0;
-  if (args.api != abi::kApi)
-    result = -EINVAL;
-  else if (const int allowed = may_enable(caller.who, wanted); allowed < 0)
+  if (const int allowed = may_enable(caller.who, wanted); args.api == abi::kApi && allowed < 0)
     result = allowed;
-  else if ((wanted & ~available) != 0 || context.enabled)
+  else if (args.api != abi::kApi || (wanted & ~available) != 0 || context.enabled)
     result = -EINVAL;
 
   constexpr std::uint64_t kIoctls = 0x8000000000000003;  // API, REGISTER, UNREGISTER
