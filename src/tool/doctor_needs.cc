@@ -8,6 +8,8 @@
 
 #include "tool/doctor_report.h"
 
+// NOLINTBEGIN(concurrency-mt-unsafe): the doctor has one thread.
+
 namespace uffdkit::tool {
 namespace {
 
@@ -240,6 +242,7 @@ bool CallReport::is_refused() const {
 
 std::vector<std::string> need_words() {
   std::vector<std::string> words;
+  words.reserve(kAbilities.size() + known_features().size());
   for (const Ability& ability : kAbilities) words.emplace_back(ability.word);
   for (const FeatureInfo& info : known_features())
     if (std::ranges::find(words, info.name) == words.end()) words.emplace_back(info.name);
@@ -263,7 +266,8 @@ Result<std::vector<std::string>> parse_needs(std::string_view list) {
 NeedAnswer answer_need(std::string_view need, const DoctorReport& report) {
   const auto ability = std::ranges::find(kAbilities, need, &Ability::word);
   if (ability != kAbilities.end()) return ability->answer(need, report);
-  return answer_feature(need, report, feature_by_name(need).value());
+  // Of no word but these is it asked.
+  return answer_feature(need, report, feature_by_name(need).value_or(Features()));
 }
 
 std::vector<NeedAnswer> advise(const DoctorReport& report) {
@@ -281,3 +285,5 @@ std::vector<NeedAnswer> advise(const DoctorReport& report) {
 }
 
 }  // namespace uffdkit::tool
+
+// NOLINTEND(concurrency-mt-unsafe)

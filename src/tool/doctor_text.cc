@@ -7,6 +7,8 @@
 
 #include "tool/doctor_report.h"
 
+// NOLINTBEGIN(concurrency-mt-unsafe): the doctor has one thread.
+
 namespace uffdkit::tool {
 namespace {
 
@@ -216,3 +218,5 @@ std::string doctor_text(const DoctorReport& report) {
 }
 
 }  // namespace uffdkit::tool
+
+// NOLINTEND(concurrency-mt-unsafe)

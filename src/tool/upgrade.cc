@@ -27,14 +27,15 @@ int upgrade(const std::string& control) {
     return status.value(key, std::uint64_t{0});
   };
   const Result<nlohmann::json> asked = ask_manager(control, control::Upgrade{});
-  // The worker that is asked ends by what it is asked for, perhaps before it has answered.
-  if (!asked && !is_lost(asked.error())) return report(asked.error());
+  // The worker that is asked ends by what it is asked for, perhaps before it has answered; and while a
+  // program is on trial nobody may answer for as long as anybody waits for an answer.
+  const auto may_come = [](const Error& error) { return is_lost(error) || error.os_error() == ETIMEDOUT; };
+  if (!asked && !may_come(asked.error())) return report(asked.error());
   const auto give_up = std::chrono::steady_clock::now() + kLimit;
   while (std::chrono::steady_clock::now() < give_up) {
     std::this_thread::sleep_for(kLook);
     const Result<nlohmann::json> now = ask_manager(control, control::Status{});
-    // While a program is on trial nobody may answer for as long as anybody waits for an answer.
-    if (!now && now.error().os_error() == ETIMEDOUT) continue;
+    if (!now && may_come(now.error())) continue;
     if (!now) return report(now.error());
     if (count(*now, "upgrades") > count(*before, "upgrades")) {
       fmt::print("upgraded: keeper {}, worker {}\n", count(*now, "pid"),

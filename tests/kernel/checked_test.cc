@@ -16,6 +16,7 @@
 #include "support/child.h"
 #include "support/huge_pages.h"
 #include "support/mapping.h"
+#include "support/sanitizers.h"
 #include "support/serving.h"
 
 namespace uffdkit {
@@ -287,6 +288,8 @@ TEST(PoisonChecked, ReadsTheMappingsOfTheProcessThatIsServed) {
 
 // Mappings of every kind side by side, and calls at random places of them: the checker and the kernel agree.
 TEST(Checked, NamesAViolationExactlyWhenTheKernelRefusesAtRandom) {
+  if (test::kThreadSanitized)
+    GTEST_SKIP() << "needs a build without the thread sanitizer, which maps memory of its own into holes";
   UFFD_OR_SKIP(uffd, user_faults(kBoth | abi::kFeatureWpAsync));
   UFFD_OR_SKIP(other, user_faults(kBoth));
   const unsigned seed = std::random_device{}();
