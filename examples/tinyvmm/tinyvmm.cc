@@ -243,6 +243,7 @@ int run(int argc, char** argv, Clock::time_point start) {
 }  // namespace
 }  // namespace tinyvmm
 
+// NOLINTNEXTLINE(bugprone-exception-escape): only want of memory throws here, and nothing is lost by ending.
 int main(int argc, char** argv) {
   const tinyvmm::Clock::time_point start = tinyvmm::Clock::now();
   return tinyvmm::run(argc, argv, start);

@@ -93,7 +93,8 @@ Result<FrameCache::FrameRef> FrameCache::get(FrameSource& source, std::size_t fr
     }
     if (wait == Wait::no) return FrameRef();
     shard.changed.wait(lock, [&] { return entry->state != Frame::State::loading; });
-    if (entry->state == Frame::State::failed && entry->error) return Failure(*entry->error);
+    if (const std::optional<Error>& error = entry->error; error && entry->state == Frame::State::failed)
+      return Failure(*error);
     if (entry->state == Frame::State::ready) {
       ++shard.statistics.joined;
       return entry;

@@ -1,10 +1,14 @@
 #include "simulate/manager_world.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <uffdkit/sim.h>
 #include <uffdkit/store.h>
 #include <uffdkit/uffd.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -33,6 +37,7 @@
 #include "simulate/seeded_threads.h"
 #include "support/child.h"
 #include "support/client.h"
+#include "support/mapping.h"
 #include "support/temp_dir.h"
 #include "wire/control.h"
 #include "wire/native.h"
@@ -79,6 +84,17 @@ void write_image(const std::string& path, Compressed compressed) {
   (void)image::write_image(*source, path, std::nullopt, {},
                            {.frame_bytes = image::kFrameBytesMin, .threads = 1})
       .value();
+}
+
+// Keeps the image in the page cache: what of it is there decides who reads it, and the kernel may drop it at
+// any time.
+test::Mapping locked(const std::filesystem::path& path) {
+  const UniqueFd file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  test::Mapping mapping =
+      test::Mapping::map(nullptr, std::filesystem::file_size(path), PROT_READ, MAP_SHARED, file.get());
+  // Not by mlock(3), of which sanitizers make nothing.
+  CHECK(::syscall(SYS_mlock, mapping.data(), mapping.size()) == 0);
+  return mapping;
 }
 
 // Loses what a bug loses.
@@ -222,6 +238,7 @@ class ManagerWorld {
         descriptors_(kernel_.spawn()),
         calls_(threads_, descriptors_, seed, bug) {
     write_image(directory_ / "image", compressed_);
+    image_.emplace(locked(directory_ / "image"));
     if (compressed_ == Compressed::yes) note("the image is compressed");
     // Before there are threads: each has a process that is forked from this one.
     for (std::size_t i = 0; i < kClients; ++i) add_client();
@@ -959,6 +976,7 @@ class ManagerWorld {
   }
 
   test::TempDir directory_;
+  std::optional<test::Mapping> image_;
   std::mt19937_64 random_;
   const Compressed compressed_ = one_in(3) ? Compressed::yes : Compressed::no;
   PlantedThreads threads_;
