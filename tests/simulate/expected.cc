@@ -1,5 +1,7 @@
 #include "simulate/expected.h"
 
+#include <fmt/format.h>
+
 #include <utility>
 
 namespace uffdkit::simulate {
@@ -94,6 +96,21 @@ ExpectedMemory ExpectedMemory::child() const {
     page.leaving = 0;
   }
   return copy;
+}
+
+ExpectedMemory::Looked ExpectedMemory::look_at(const sim::Access& access, const sim::Completion& ended) {
+  ExpectedPage* page = find(access.address);
+  if (page == nullptr) return {.wrong = fmt::format("{:#x} is there after munmap", access.address.value)};
+  const std::uint64_t offset = access.address.value % kPage;
+  if (access.write) {
+    page->write(offset, std::to_integer<std::uint8_t>(access.value));
+    return {};
+  }
+  Looked looked{.compared = true};
+  if (!page->possible(offset).test(std::to_integer<std::size_t>(ended.value)))
+    looked.wrong =
+        fmt::format("{:#x} reads as {}, which it must not", access.address.value, to_string(ended));
+  return looked;
 }
 
 }  // namespace uffdkit::simulate

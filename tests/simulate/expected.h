@@ -2,12 +2,14 @@
 // what the client wrote. Where two of the client's own threads race, there is more than one answer.
 #pragma once
 
+#include <uffdkit/sim.h>
 #include <uffdkit/units.h>
 
 #include <bitset>
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace uffdkit::simulate {
@@ -51,6 +53,12 @@ class ExpectedMemory {
   void release();
   // What a child of fork(2) has.
   ExpectedMemory child() const;
+  // Of an access that has come through: notes what was written, and compares what was read.
+  struct Looked {
+    bool compared = false;
+    std::string wrong = {};  // empty if nothing is
+  };
+  Looked look_at(const sim::Access& access, const sim::Completion& ended);
 
   const std::map<std::uint64_t, ExpectedPage>& pages() const { return pages_; }
 

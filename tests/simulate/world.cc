@@ -623,17 +623,13 @@ class World {
   }
 
   void look_at_access(Client& client, const sim::Access& access, const sim::Completion& ended) {
-    ExpectedPage* page = client.memory.find(access.address);
-    const std::uint64_t offset = access.address.value % kPage;
     if (ended.kind == sim::Completion::Kind::value) {
-      if (page == nullptr) return fail(fmt::format("{:#x} is there after munmap", access.address.value));
-      if (access.write) return page->write(offset, std::to_integer<std::uint8_t>(access.value));
-      ++bytes_checked_;
-      if (!page->possible(offset).test(std::to_integer<std::size_t>(ended.value)))
-        fail(fmt::format("{:#x} of process {} reads as {}, which it must not", access.address.value,
-                         client.process.pid(), sim::to_string(ended)));
+      const ExpectedMemory::Looked looked = client.memory.look_at(access, ended);
+      bytes_checked_ += looked.compared ? 1 : 0;
+      if (!looked.wrong.empty()) fail(fmt::format("process {}: {}", client.process.pid(), looked.wrong));
       return;
     }
+    const ExpectedPage* page = client.memory.find(access.address);
     const bool may_fail = page == nullptr || (page->image && store_->failed.contains(*page->image));
     if (!may_fail)
       fail(fmt::format("{:#x} of process {}: {}", access.address.value, client.process.pid(),
