@@ -25,7 +25,9 @@ namespace uffdkit::test {
 namespace {
 
 constexpr std::size_t kPages = 1024;
-// So much longer a worker lives before it is killed: a sanitized one needs that to come as far.
+// How often a worker is killed, and for how much longer it lives before where it is sanitized: one needs that
+// to come as far.
+constexpr int kKills = kSanitized ? 25 : 200;
 constexpr unsigned kSlowness = kSanitized ? 8 : 1;
 
 class Crash : public ManagerTest {
@@ -58,16 +60,16 @@ class Crash : public ManagerTest {
   }
   void pause(unsigned most_ms) { usleep(static_cast<useconds_t>(random_() % (1000 * most_ms * kSlowness))); }
   // Kills at random instants, under so many clients.
-  void kill_workers(std::size_t clients, int kills, unsigned most_ms) {
+  void kill_workers(std::size_t clients, unsigned most_ms) {
     const ManagerProcess manager(directory_, arguments());
     Turmoil turmoil(image_);
     start(turmoil, clients);
-    for (int i = 0; i < kills; ++i) {
+    for (int i = 0; i < kKills; ++i) {
       pause(most_ms);
       ::kill(manager.worker_pid(), SIGKILL);
       ASSERT_EQ(turmoil.hanging(), "") << manager.log();
     }
-    EXPECT_EQ(manager.count("takeovers"), static_cast<std::uint64_t>(kills));
+    EXPECT_EQ(manager.count("takeovers"), static_cast<std::uint64_t>(kKills));
     EXPECT_EQ(turmoil.stop(), 0u) << manager.log();
     EXPECT_GT(turmoil.counts().steps, 0u);
   }
@@ -79,15 +81,15 @@ class Crash : public ManagerTest {
 };
 
 TEST_F(Crash, OneClientOfAWorkerThatIsKilledAgainAndAgainHasEveryByte) {
-  kill_workers(1, 200, 10);
+  kill_workers(1, 10);
 }
 
 TEST_F(Crash, EightClientsOfAWorkerThatIsKilledAgainAndAgainHaveEveryByte) {
-  kill_workers(8, 100, 20);
+  kill_workers(8, 20);
 }
 
 TEST_F(Crash, SixtyFourClientsOfAWorkerThatIsKilledAgainAndAgainHaveEveryByte) {
-  kill_workers(64, 20, 100);
+  kill_workers(64, 60);
 }
 
 // Each kind of client does the same each time, under a worker that ends at its n-th marked step

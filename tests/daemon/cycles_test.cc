@@ -1,6 +1,6 @@
 // A manager is after many clients what it was before.
 //
-// UFFDKIT_CYCLES=10000 in the environment for more of them.
+// UFFDKIT_CYCLES in the environment for another number of them.
 #include <unistd.h>
 
 #include <bit>
@@ -16,7 +16,7 @@ namespace uffdkit::test {
 namespace {
 
 constexpr std::size_t kCyclesOfAProcess = 250;
-constexpr std::size_t kCycles = 500;
+constexpr std::size_t kCycles = kSanitized ? 500 : 10'000;
 // What the allocator keeps shifts by some hundred; ten thousand cycles that lose 128 bytes each are more.
 constexpr std::uint64_t kGrowthKibMax = 1024;
 
