@@ -12,6 +12,7 @@
 #include "support/child.h"
 #include "support/mapping.h"
 #include "support/serving.h"
+#include "support/sigbus.h"
 
 namespace uffdkit {
 namespace {
@@ -220,6 +221,30 @@ TEST_F(ForkEventTest, StaysQueuedWhileThereIsNoFreeDescriptor) {
   forker.join();
   EXPECT_EQ(seen_, 0u);
   EXPECT_EQ(exit_code_, 0);
+}
+
+// What a child that no userfaultfd serves gets of a poisoned page, of memory of which nothing was ever
+// written.
+bool child_has_sigbus(const Mapping& memory) {
+  Child child([&](const Channel&) { return test::raises_sigbus(memory.data()) ? 1 : 0; });
+  return child.wait() == 1;
+}
+
+TEST(PoisonedPage, StaysSoInAChildOfForkUnlessItsMemoryIsShared) {
+  UFFD_OR_SKIP(uffd, user_faults(abi::kFeaturePoison | abi::kFeatureMissingShmem));
+  const UniqueFd file = test::memory_file(4096);
+  const Mapping anonymous = Mapping::anonymous(4096);
+  const Mapping of_file = Mapping::of_file(file.get(), 4096, MAP_PRIVATE);
+  const Mapping shared = Mapping::of_file(file.get(), 4096, MAP_SHARED);
+  for (const Mapping* memory : {&anonymous, &of_file, &shared}) {
+    ASSERT_TRUE(uffd.register_range(memory->range(), kMissing));
+    ASSERT_EQ(uffd.poison(memory->range()).stop, Stop::complete);
+  }
+  EXPECT_TRUE(child_has_sigbus(anonymous));
+  EXPECT_TRUE(child_has_sigbus(of_file));
+  EXPECT_FALSE(child_has_sigbus(shared));
+  for (const Mapping* memory : {&anonymous, &of_file, &shared})
+    EXPECT_TRUE(test::raises_sigbus(memory->data()));
 }
 
 }  // namespace
