@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <sys/epoll.h>
 #include <sys/signalfd.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -120,29 +121,40 @@ void Manager::Impl::begin_end() {
     if (options_.records != nullptr) options_.records->remove_listener(listener.socket.fd());
   }
   listeners_.clear();
-  if (sessions_.empty() && working_sets_to_write_ == 0) return loop_->stop();
-  log_.write(fmt::format("ending: {} sessions to complete or to leave to a successor", sessions_.size()));
-  const Engine::Done ignored = [](const Result<void>&) {};
-  for (const auto& [id, info] : sessions_) {
-    if (info.keeps_descriptor) {
-      engine_->abandon(id, ignored);
-    } else {
-      engine_->begin_detach(id, Unreadable::poison, ignored);
-    }
-  }
+  if (!has_sessions() && working_sets_to_write_ == 0) return loop_->stop();
+  log_.write(fmt::format("ending: {} sessions to complete or to leave to a successor",
+                         sessions_.size() + not_taken_up_.size()));
+  for (const auto& [id, info] : sessions_) end_session(id, info);
   loop_->after(options_.drain_ms, [this] { end_now(); });
 }
 
+void Manager::Impl::end_session(SessionId id, const SessionInfo& info) {
+  const Engine::Done ignored = [](const Result<void>&) {};
+  // Closing the descriptor under a client would make it hang, or read zeros.
+  if (ends_now_) return engine_->kill(id, "the manager ends before the client's memory is complete", ignored);
+  if (info.keeps_descriptor) return engine_->abandon(id, ignored);
+  engine_->begin_detach(id, Unreadable::poison, ignored);
+}
+
 void Manager::Impl::end_if_done() {
-  if (ending_ && sessions_.empty() && working_sets_to_write_ == 0) loop_->stop();
+  if (ending_ && !has_sessions() && working_sets_to_write_ == 0) loop_->stop();
 }
 
 void Manager::Impl::end_now() {
+  ends_now_ = true;
   // What a disk does not take is lost.
-  if (sessions_.empty()) return loop_->stop();
-  // Closing the descriptor under a client would make it hang, or read zeros.
-  for (const auto& [id, info] : sessions_)
-    engine_->kill(id, "the manager ends before the client's memory is complete", [](const Result<void>&) {});
+  if (!has_sessions()) return loop_->stop();
+  for (const auto& [id, info] : sessions_) end_session(id, info);
+  // The others are when they have been taken up, unless that is the end of their memory.
+  for (const auto& [id, waits] : not_taken_up_) {
+    end_was_good_ = false;
+    log_.write(
+        fmt::format("session {}: the manager ends before it could be taken up; its client is killed, if "
+                    "its process is known",
+                    id));
+    if (waits.session.process >= 0)
+      (void)::syscall(SYS_pidfd_send_signal, waits.session.process, SIGKILL, nullptr, 0);
+  }
 }
 
 void Manager::Impl::watch_pending() {

@@ -197,6 +197,12 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
     std::map<std::size_t, ImageCatalog::TakenUp> images;
     std::map<std::size_t, std::shared_ptr<SharedImage>> memories;
   };
+  // What of it cannot be taken up yet; its descriptors stay open.
+  struct NotTakenUp {
+    Records::Session session;
+    std::shared_ptr<StoreLane> lane;
+    std::shared_ptr<SharedImage> memory;
+  };
   // Errors, here and in the next: no thread can be started.
   Result<ImageCatalog::TakenUp> image_of(std::size_t record, Inherited& inherited);
   Result<void> take_up(const Records::Session& session, Inherited& inherited);
@@ -206,6 +212,11 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   // A native client is left to come back; others are tried again.
   void cannot_take_up(const Records::Session& session, const std::shared_ptr<StoreLane>& lane,
                       const std::shared_ptr<SharedImage>& memory);
+  void take_up_again(SessionId id);
+  // Whether its client has handed it over again.
+  bool has_come_back(const Records::Session& session) const;
+  // It is another's, or nobody's: its descriptors are closed.
+  void give_up(const Records::Session& session);
   Result<void> take_up(const Records::Listener& listener, Inherited& inherited);
   // A connection that has sent a handshake, perhaps.
   void take_up(UniqueFd socket);
@@ -226,6 +237,9 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   void begin_draining(SessionId id, SessionInfo& info);
   void begin_end();
   void end_now();
+  // As the manager ends: is left to a successor, or completed, or killed.
+  void end_session(SessionId id, const SessionInfo& info);
+  bool has_sessions() const { return !sessions_.empty() || !not_taken_up_.empty(); }
   // Ends run() if nothing is left to be done.
   void end_if_done();
   // What the session has to do with its image's working set, and what comes of it at its end.
@@ -258,6 +272,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   std::uint64_t last_serial_ = 0;
   std::vector<std::unique_ptr<Connection>> closed_;
   std::map<SessionId, SessionInfo> sessions_;
+  std::map<SessionId, NotTakenUp> not_taken_up_;
   std::size_t working_sets_to_write_ = 0;
   std::uint64_t sessions_ended_ = 0;
   std::uint64_t clients_refused_ = 0;
@@ -268,6 +283,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   std::function<void()> on_ending_;
   bool full_ = false;  // clients wait at the listeners
   bool ending_ = false;
+  bool ends_now_ = false;  // nobody is completed any more
   bool end_was_good_ = true;
   // Last: its workers call this object.
   std::unique_ptr<Engine> engine_;

@@ -141,27 +141,44 @@ Result<void> Manager::Impl::take_up(const Records::Session& session, const std::
   return {};
 }
 
+bool Manager::Impl::has_come_back(const Records::Session& session) const {
+  // Two that serve the same memory would spoil it.
+  const auto file = identity_of(session.state_file);
+  return std::ranges::any_of(sessions_, [&](const auto& entry) { return entry.second.state_file == file; });
+}
+
 void Manager::Impl::cannot_take_up(const Records::Session& session, const std::shared_ptr<StoreLane>& lane,
                                    const std::shared_ptr<SharedImage>& memory) {
-  Records& records = *options_.records;
-  // Two that serve the same memory would spoil it.
-  const auto has_come_back = [this, file = identity_of(session.state_file)] {
-    return std::ranges::any_of(sessions_, [&](const auto& entry) { return entry.second.state_file == file; });
-  };
-  if (can_come_back(session) || has_come_back()) {
-    SessionStatus ended;
-    set_counts(ended, records.give_up(session));
-    add_counters(ended_counters_, counters_json(ended));
-    ++sessions_ended_;
-    for (const int fd : {session.uffd, session.state_file, session.process}) UniqueFd(fd).reset();
+  if (can_come_back(session) || has_come_back(session)) return give_up(session);
+  // For want of descriptors or memory, which others give back.
+  options_.records->hold_image(session.image, lane.get());
+  not_taken_up_.emplace(session.id, NotTakenUp{.session = session, .lane = lane, .memory = memory});
+  loop_->after(kTakeUpAgainMs, [this, id = session.id] { take_up_again(id); });
+}
+
+void Manager::Impl::take_up_again(SessionId id) {
+  const NotTakenUp& waits = not_taken_up_.at(id);
+  Uffd uffd = Uffd::adopt(waits.session.uffd, Features(), options_.system);
+  const bool is_alive = uffd.target_alive();
+  (void)uffd.release();
+  const bool is_served = is_alive && !has_come_back(waits.session);
+  if (is_served && !take_up(waits.session, waits.lane, waits.memory)) {
+    loop_->after(kTakeUpAgainMs, [this, id] { take_up_again(id); });
     return;
   }
-  // For want of descriptors or memory, which others give back.
-  records.hold_image(session.image, lane.get());
-  loop_->after(kTakeUpAgainMs, [=, this] {
-    if (has_come_back() || !take_up(session, lane, memory)) cannot_take_up(session, lane, memory);
-    options_.records->release_image(lane.get());
-  });
+  if (!is_served) give_up(waits.session);
+  options_.records->release_image(waits.lane.get());
+  not_taken_up_.erase(id);
+  if (ending_ && is_served) end_session(id, sessions_.at(id));
+  end_if_done();
+}
+
+void Manager::Impl::give_up(const Records::Session& session) {
+  SessionStatus ended;
+  set_counts(ended, options_.records->give_up(session));
+  add_counters(ended_counters_, counters_json(ended));
+  ++sessions_ended_;
+  for (const int fd : {session.uffd, session.state_file, session.process}) UniqueFd(fd).reset();
 }
 
 Result<void> Manager::Impl::take_up(const Records::Listener& listener, Inherited& inherited) {

@@ -3,6 +3,7 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <filesystem>
@@ -168,6 +169,87 @@ TEST_P(Recorded, SessionThatCannotBeTakenUpNowStaysOpenUnlessItsClientCanHandItO
 
 INSTANTIATE_TEST_SUITE_P(Kinds, Recorded,
                          testing::Values(SessionKind::firecracker, SessionKind::native, SessionKind::fork));
+
+// A manager that is to end while a session of before cannot be taken up yet.
+class NotTakenUp : public ManagerTest {
+ protected:
+  enum class End : std::uint8_t { complete, now };
+
+  // A client that has no descriptor any more; reports with it, and does `work` when it is told to.
+  Child client_without_descriptor(const ClientWork& work) const {
+    return program([&](const Channel& channel) {
+      const ClientMemory memory(image_, whole(image_));
+      channel.send_fd(memory.handshake().at(0).at("base_host_virt_addr"), memory.uffd().fd());
+      const UniqueFd nothing(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+      require(::dup3(nothing.get(), memory.uffd().fd(), O_CLOEXEC) >= 0, "dup3");
+      channel.receive();
+      work(memory, channel);
+    });
+  }
+  // Is the worker that finds this client's session, and what is wrong with its state file, and then is told
+  // to end. Whether its end was good.
+  void take_up_and_end(const Child& client, SessionKind kind, bool is_mended, End end, bool is_good) const {
+    std::uint64_t start = 0;
+    const UniqueFd uffd = client.channel().receive_fd(start);
+    Child worker = program([&](const Channel&) {
+      const std::unique_ptr<Records> records = take(Records::create());
+      UniqueFd file(::open(image_.path().c_str(), O_RDONLY | O_CLOEXEC));
+      const std::shared_ptr<Store> store = take(open_file_store(file.get(), image_.path()));
+      const std::shared_ptr<StoreLane> lane = take(StoreLane::create(store, {}, std::move(file)));
+      SessionState state = take(SessionState::create(image_.path()));
+      (void)take(state.add_region({Address(start), ByteCount(kPages * 4096)}, StoreOffset(0), kPage4K));
+      char first = 0;
+      require(::pread(state.fd(), &first, 1, 0) == 1 && ::pwrite(state.fd(), "?", 1, 0) == 1, "break it");
+      const bool is_known = kind != SessionKind::fork;
+      const UniqueFd process(static_cast<int>(::syscall(SYS_pidfd_open, client.pid(), 0)));
+      (void)take(records->add({.id = 1,
+                               .parent = is_known ? 0u : 7u,
+                               .kind = kind,
+                               .uffd = uffd.get(),
+                               .state_file = state.fd(),
+                               .process = is_known ? process.get() : -1,
+                               .acknowledged = true},
+                              lane, nullptr));
+      records->shared().is_ready = 1;
+      const std::unique_ptr<Manager> manager = take(Manager::create({.records = records.get()}));
+      succeed(manager->take_up());
+      if (is_mended) require(::pwrite(state.fd(), &first, 1, 0) == 1, "mend it");
+      manager->stop();
+      if (end == End::now) manager->stop();
+      require(manager->run() == is_good, "the end");
+      ::_exit(0);
+    });
+    EXPECT_EQ(worker.wait(), 0);
+  }
+
+  const Image image_{directory_ / "image", kPages};
+};
+
+TEST_F(NotTakenUp, ASessionIsCompletedBeforeTheEndWhenItCanBeTakenUp) {
+  for (const SessionKind kind : {SessionKind::firecracker, SessionKind::fork}) {
+    Child process = client_without_descriptor(check_all_pages);
+    take_up_and_end(process, kind, /*is_mended=*/true, End::complete, /*is_good=*/true);
+    process.channel().send(1);
+    EXPECT_EQ(process.wait(), 0);
+  }
+}
+
+TEST_F(NotTakenUp, AClientIsKilledAtAnEndThatDoesNotWait) {
+  Child process = client_without_descriptor(check_all_pages);
+  take_up_and_end(process, SessionKind::firecracker, /*is_mended=*/false, End::now, /*is_good=*/false);
+  EXPECT_EQ(process.wait(), -SIGKILL);
+}
+
+TEST_F(NotTakenUp, AChildOfAForkHasSigbusAfterAnEndThatDoesNotWait) {
+  if (const auto kernel = probe_features(); kernel && !kernel->available.has(Features(abi::kFeaturePoison)))
+    GTEST_SKIP() << "needs a kernel that can poison pages (6.6)";
+  Child process = client_without_descriptor([](const ClientMemory& memory, const Channel&) {
+    require(raises_sigbus(memory.bytes(100).data()), "page 100 can be read");
+  });
+  take_up_and_end(process, SessionKind::fork, /*is_mended=*/true, End::now, /*is_good=*/false);
+  process.channel().send(1);
+  EXPECT_EQ(process.wait(), 0);
+}
 
 }  // namespace
 }  // namespace uffdkit::test
