@@ -1,5 +1,6 @@
 #include "engine/actor.h"
 
+#include <poll.h>
 #include <signal.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -322,11 +323,15 @@ void Actor::start_fetch(StoreLane& lane, std::unique_ptr<Fetch> fetch) {
   lane.submit(std::move(fetch), weak_from_this());
 }
 
+bool Actor::client_has_exited() {
+  if (!process_) return true;
+  pollfd exit{.fd = process_->get(), .events = POLLIN, .revents = 0};
+  return ::poll(&exit, 1, 0) == 1;
+}
+
 bool Actor::signal_client(int number) {
-  if (!process_) return false;
-  // Refused only if it has exited already.
-  (void)::syscall(SYS_pidfd_send_signal, process_->get(), number, nullptr, 0);
-  return true;
+  // Until somebody waits for it, one that has exited takes signals, too.
+  return !client_has_exited() && ::syscall(SYS_pidfd_send_signal, process_->get(), number, nullptr, 0) == 0;
 }
 
 }  // namespace uffdkit

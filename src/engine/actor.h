@@ -112,7 +112,7 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   // Has the children run whose forks have been applied. A child that ended before would leave its
   // descriptor's number to somebody else, and the message in the inbox would name that.
   void begin_children();
-  // False if nobody knows its process.
+  // False if nobody knows its process, or it has exited.
   bool signal_client(int number);
 
   // SessionHost
@@ -121,6 +121,7 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   bool gives_way() override;
   void start_fetch(StoreLane& lane, std::unique_ptr<Fetch> fetch) override;
   bool kill_client() override { return signal_client(SIGKILL); }
+  bool client_has_exited() override;
   bool stop_client() override { return signal_client(SIGSTOP); }
   void continue_client() override { signal_client(SIGCONT); }
   Result<void> forked(std::unique_ptr<ForkedSession>& session) override;

@@ -145,14 +145,16 @@ void Session::count_in(SessionCounters* counters) {
   bool populating = false;
   bool bringing = false;
   if (!end_ && check_target_at_ns_ != 0 && check_target_at_ns_ <= host_.now_ns()) check_target();
+  if (!end_ && waits_for_exit()) end_failed();
   if (!end_) all_read = drain();
   // For the watchdog, in case that serving it does not come back from the kernel.
   if (!pending_.empty() && waiting_.oldest_since_ns.load(std::memory_order_relaxed) == 0) publish_pending();
-  if (!end_ && !ending_ && !returned_.empty()) install_returned();
-  if (!end_ && !ending_) all_served = serve_pending();
+  if (!end_ && !ending_ && !waits_for_exit() && !returned_.empty()) install_returned();
+  if (!end_ && !ending_ && !waits_for_exit()) all_served = serve_pending();
   if (!end_ && !ending_ && detaching_) populating = populate();
   // What is asked for goes first.
-  if (prefetching_ != nullptr && !end_ && !ending_ && !detaching_ && all_read && all_served)
+  if (prefetching_ != nullptr && !end_ && !ending_ && !detaching_ && !waits_for_exit() && all_read &&
+      all_served)
     bringing = prefetch_step();
   if (!end_ && ending_ && all_read) finish_ending();
   if (!end_ && overflowed_ && pending_.size() < kPendingMax / 2) {
@@ -164,6 +166,12 @@ void Session::count_in(SessionCounters* counters) {
   Next next;
   if (end_) return next;
   next.again = !all_read || !all_served || populating || bringing;
+  if (waits_for_exit()) {
+    // A fault that is served no more is not what is waited for.
+    next.again = false;
+    next.wake_at_ns = look_for_exit_at_ns_;
+    return next;
+  }
   const auto sooner = [&](std::int64_t at) {
     if (at != 0 && (next.wake_at_ns == 0 || at < next.wake_at_ns)) next.wake_at_ns = at;
   };
@@ -260,7 +268,8 @@ PendingWhy Session::why(const Pending& pending) {
 // the client's own memory that was never there and whose bytes are at hand. False: the fault is still to be
 // taken, and whatever is different about it is for serve().
 [[gnu::always_inline]] inline bool Session::serve_at_once(const Fault& fault) {
-  if (!pending_.empty() || ending_ || fault.kind != Fault::Kind::missing) return false;
+  if (!pending_.empty() || ending_ || failing_ != Failing::no || fault.kind != Fault::Kind::missing)
+    return false;
   const Segment* segment = state_.layout().find(fault.address);
   if (segment == nullptr || segment->region == kZeroRegion || segment->left_behind ||
       segment->page_size != kPage4K)

@@ -68,7 +68,7 @@ enum class SessionEnd : std::uint8_t {
   detached,   // everything is in place, and the memory is no longer registered
   released,   // the client wanted no more; its missing pages are zero from now on
   abandoned,  // left as it is, for somebody else to take up
-  failed,     // it could not be served any longer, and was killed
+  failed,     // it could not be served any longer: it was killed, or has SIGBUS for what it had not got
 };
 
 // What a child has after fork(2): its own userfaultfd, and its parent's regions and page states at that
@@ -98,9 +98,13 @@ class SessionHost {
   virtual bool gives_way() = 0;
   // Reads the fetch where that may wait, and brings it back by Session::fetched().
   virtual void start_fetch(StoreLane& lane, std::unique_ptr<Fetch> fetch) = 0;
-  // Ends the client, because going on would give it wrong bytes or none. False if nobody knows its process.
+  // Ends the client's process, because going on would give it wrong bytes or none: it is gone some time
+  // later. False if nobody knows the process, or it has exited.
   virtual bool kill_client() = 0;
-  // Stops the client, all of its threads, until continue_client(). False if nobody knows its process.
+  // Whether nobody knows the client's process, or it has exited.
+  virtual bool client_has_exited() = 0;
+  // Stops the client, all of its threads, until continue_client(). False if nobody knows its process, or it
+  // has exited.
   virtual bool stop_client() = 0;
   virtual void continue_client() = 0;
   // The client has forked: `session` is the child's, as its parent's was at that moment, and is to be served.
@@ -202,9 +206,10 @@ class Session {
   // Unregisters the memory with zeros where nothing was brought, at once except where it shares the image,
   // and ends as `released` when no thread of the client waits for an event to be read any more.
   void release();
-  // Kills the client, because it cannot be served any longer: ends as `failed`. Where nobody knows its
-  // process, every page that it has not got is poisoned instead, which stays so when nobody serves the memory
-  // any more.
+  // Kills the client, because it cannot be served any longer, and ends as `failed` when its memory is gone.
+  // Where nobody knows its process, or the memory turns out to be another's, which does not die with it,
+  // every page that it has not got is poisoned instead, which stays so when nobody serves the memory any
+  // more.
   void fail(const std::string& why);
   // Tries again to read the pages over which the client was stopped (OnError::pause), and lets it go on. If
   // one cannot be read still, the client is stopped again.
@@ -478,6 +483,9 @@ class Session {
   // Unregisters, and ends so when no thread of the client waits for an event to be read any more.
   void begin_end(SessionEnd end);
   void finish_ending();
+  // After fail(): the client's memory is gone, or poisoned from now on, or neither can be told yet.
+  void end_failed();
+  bool waits_for_exit() const { return failing_ == Failing::killed; }
   void finish(SessionEnd end);
   void publish_pending();
   void publish_oldest(Address page, std::uint64_t offset, PendingWhy why, std::int64_t since_ns);
@@ -511,8 +519,16 @@ class Session {
   std::int64_t target_check_ns_ = 0;     // the pause before it
   std::uint64_t faults_at_check_ = 0;    // how many there had been then
   std::int64_t read_not_before_ns_ = 0;  // the descriptors were used up
-  bool condemned_ = false;               // see fail()
-  bool stopped_ = false;                 // so is the client, by us
+  // See fail().
+  enum class Failing : std::uint8_t {
+    no,
+    killed,     // nothing is served until the client's process has exited
+    condemned,  // what is missing is being poisoned
+  };
+  Failing failing_ = Failing::no;
+  std::int64_t failed_since_ns_ = 0;
+  std::int64_t look_for_exit_at_ns_ = 0;
+  bool stopped_ = false;  // so is the client, by us
   bool detaching_ = false;
   bool releasing_ = false;                      // detaching, with zeros for what is missing
   Unreadable unreadable_ = Unreadable::poison;  // while detaching

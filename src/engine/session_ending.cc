@@ -18,13 +18,24 @@ constexpr std::int64_t kEndingMaxNs = 10'000'000'000;
 // double while the client does nothing, so that idle ones cost nothing to speak of.
 constexpr std::int64_t kTargetCheckFirstNs = 1'000'000'000;
 constexpr std::int64_t kTargetCheckMaxNs = 8'000'000'000;
+// How long a client that was killed is waited for: one that a debugger or a device holds may take for ever.
+constexpr std::int64_t kExitMaxNs = 10'000'000'000;
+// How often its process is looked at. The engine hears of its exit and looks then, unless it has heard
+// before.
+constexpr std::int64_t kExitCheckNs = 20'000'000;
+
+// Whether a page in this state would be zeros, or old bytes, if nobody served it any more.
+bool is_missing(PageState state, bool shares) {
+  return state == PageState::absent || state == PageState::fetching ||
+         (shares && state == PageState::removed);
+}
 
 }  // namespace
 
 using namespace session;
 
 void Session::begin_detach(Unreadable unreadable) {
-  if (detaching_) return;
+  if (detaching_ || failing_ != Failing::no) return;
   // Nobody would be there to say that it may go on.
   unpause();
   unreadable_ = unreadable;
@@ -34,7 +45,7 @@ void Session::begin_detach(Unreadable unreadable) {
 }
 
 void Session::release() {
-  if (end_) return;
+  if (end_ || failing_ != Failing::no) return;
   if (sharing() == SharingMode::none) return begin_end(SessionEnd::released);
   detaching_ = false;
   begin_detach(Unreadable::poison);
@@ -51,6 +62,10 @@ void Session::watch_target() {
 
 void Session::check_target() {
   if (end_) return;
+  if (waits_for_exit()) {
+    look_for_exit_at_ns_ = 0;
+    return end_failed();
+  }
   if (!uffd_.target_alive()) return finish(SessionEnd::gone);
   watch_target();
 }
@@ -152,25 +167,44 @@ void Session::finish_ending() {
 }
 
 void Session::fail(const std::string& why) {
-  if (end_) return;
-  if (condemned_) return;
-  if (host_.kill_client()) {
-    host_.warn(why + "; the client was killed, so that it reads no wrong bytes");
-    return finish(SessionEnd::failed);
+  if (end_ || failing_ != Failing::no) return;
+  const bool killed = host_.kill_client();
+  host_.warn(why + (killed ? "; the client is killed, so that it reads no wrong bytes"
+                           : "; what the client has not got answers with SIGBUS"));
+  unpause();
+  detaching_ = false;
+  failing_ = Failing::killed;
+  failed_since_ns_ = host_.now_ns();
+  // What else was read with what has failed is still to be applied.
+  look_for_exit_at_ns_ = killed ? failed_since_ns_ + kExitCheckNs : failed_since_ns_;
+}
+
+void Session::end_failed() {
+  const std::int64_t now = host_.now_ns();
+  if (now < look_for_exit_at_ns_) return;
+  // Closing the descriptor of memory that is there would turn what is missing into zeros.
+  if (!uffd_.target_alive()) return finish(SessionEnd::failed);
+  const bool is_late = now - failed_since_ns_ >= kExitMaxNs;
+  if (!host_.client_has_exited() && !is_late) {
+    look_for_exit_at_ns_ = now + kExitCheckNs;
+    return;
   }
-  // Closing the descriptor now would turn what is missing into zeros.
-  host_.warn(why + "; what the client has not got answers with SIGBUS");
-  condemned_ = true;
+  failing_ = Failing::condemned;
   for (const Segment& segment : state_.layout().segments()) {
     if (segment.region == kZeroRegion) continue;
+    // Where the image is shared, what was given back would be the image again.
+    const bool shares = sharing_of(segment) != SharingMode::none;
     PageTable& table = state_.table(segment.region);
     const PageRange granules = segment.granules();
     for (PageIndex granule = granules.first; granule < granules.end(); granule = granule + kOneGranule)
-      if (table.get(granule) == PageState::absent || table.get(granule) == PageState::fetching)
-        table.set(granule, PageState::poisoned);
+      if (is_missing(table.get(granule), shares)) table.set(granule, PageState::poisoned);
   }
-  detaching_ = false;
-  begin_detach(Unreadable::poison);
+  unreadable_ = Unreadable::poison;
+  detaching_ = true;
+  populate_from_ = Address(0);
+  populate_again_ = false;
+  // Of those whose answer has failed nobody knows any more.
+  wake_all();
   watch_target();
 }
 
@@ -183,9 +217,7 @@ void Session::condemn_child(Uffd child, Error why) {
     const bool shares = sharing_of(segment) != SharingMode::none;
     const PageTable& table = state_.table(segment.region);
     const auto is_there = [&](PageIndex granule) {
-      const PageState state = table.get(granule);
-      return state == PageState::installed || state == PageState::zeroed ||
-             (state == PageState::removed && !shares);
+      return !is_missing(table.get(granule), shares) && table.get(granule) != PageState::poisoned;
     };
     const PageCount page = granules_per_page(segment);
     const PageRange granules = segment.granules();
@@ -214,7 +246,7 @@ void Session::finish(SessionEnd end) {
   if (end_) return;
   // Whoever serves it next stops it again if need be; a native client has to run to find them.
   if (stopped_ && end != SessionEnd::failed) host_.continue_client();
-  end_ = end;
+  end_ = end == SessionEnd::gone && failing_ != Failing::no ? SessionEnd::failed : end;
   pending_.clear();
 }
 

@@ -187,10 +187,8 @@ void Session::give_up(const UnderWay& fetch, const Segment& segment, PageIndex f
   }
   add(counters_->read_errors);
   host_.page_failed(error);
-  if (demanded && options_.on_error == OnError::kill && host_.kill_client()) {
-    host_.warn("its client was killed, which needs a page that cannot be read");
-    return finish(SessionEnd::failed);
-  }
+  if (demanded && options_.on_error == OnError::kill && !host_.client_has_exited())
+    return fail("its client needs a page that cannot be read");
   // Those who wait are answered in this step, by their own faults.
   if (demanded || poison(segment, first)) return;
   table.set(page, PageState::absent);

@@ -23,15 +23,16 @@ bool Session::populate() {
   const std::int64_t now = host_.now_ns();
   if (populate_not_before_ns_ > now) return false;
   populate_not_before_ns_ = 0;
+  const bool condemned = failing_ == Failing::condemned;
   for (int runs = 0; runs < kPopulateRunsPerStep; ++runs) {
     if (runs > 0 && host_.gives_way()) return true;
     const auto segments = state_.layout().segments();
     const auto segment = std::find_if(segments.begin(), segments.end(),
                                       [&](const Segment& s) { return s.memory.end() > populate_from_; });
     if (segment == segments.end()) {
-      if (!fetches_.empty()) return false;
+      if (!condemned && !fetches_.empty()) return false;
       if (!populate_again_) {
-        begin_end(condemned_ ? SessionEnd::failed : releasing_ ? SessionEnd::released : SessionEnd::detached);
+        begin_end(condemned ? SessionEnd::failed : releasing_ ? SessionEnd::released : SessionEnd::detached);
         return true;
       }
       populate_again_ = false;
@@ -44,7 +45,7 @@ bool Session::populate() {
       continue;
     }
     // Empty, or shown by the file when its region has it elsewhere.
-    if (segment->left_behind && !condemned_) {
+    if (segment->left_behind && !condemned) {
       populate_from_ = segment->memory.end();
       continue;
     }
@@ -54,10 +55,12 @@ bool Session::populate() {
     const PageIndex scan_end = std::min(end, from + PageCount(kScannedPerRun));
     const auto is_to_do = [&](PageIndex granule) {
       const PageState state = table.get(granule);
-      if (condemned_) return state == PageState::poisoned;
-      if (releasing_) return must_be_zeroed(*segment, granule);
       // What was removed would be the image again.
-      return state == PageState::absent || (shared && state == PageState::removed);
+      const bool removed = shared && state == PageState::removed;
+      if (condemned) return state == PageState::poisoned || removed;
+      if (releasing_) return must_be_zeroed(*segment, granule);
+      // The kernel may have put off poisoning a page, or a successor have found it so.
+      return state == PageState::absent || state == PageState::poisoned || removed;
     };
     PageIndex first = from;
     while (first < scan_end && !is_to_do(first)) first = first + kOneGranule;
@@ -65,7 +68,7 @@ bool Session::populate() {
       populate_from_ = segment->address_of(scan_end);
       continue;
     }
-    if (condemned_) {
+    if (condemned || (!releasing_ && table.get(first) == PageState::poisoned)) {
       if (!condemn_run(*segment, first, scan_end)) return false;
       continue;
     }
@@ -108,8 +111,12 @@ bool Session::condemn_run(const Segment& segment, PageIndex first, PageIndex end
       finish(SessionEnd::gone);
       return false;
     case Stop::invalid:
-      // A kernel without UFFDIO_POISON: nothing better is left than to let the threads wait for ever.
+      // A kernel without UFFDIO_POISON.
       detaching_ = false;
+      if (failing_ == Failing::no)
+        fail("a page cannot be read, and this kernel cannot poison it");
+      else
+        host_.warn("this kernel cannot poison pages: threads wait for what is missing until they are killed");
       return false;
     default:
       // There already, or not mapped.

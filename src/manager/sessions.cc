@@ -28,7 +28,7 @@ std::string_view to_string(SessionEnd end) {
     case SessionEnd::abandoned:
       return "left to a successor";
     case SessionEnd::failed:
-      return "failed, client killed";
+      return "failed, client killed or poisoned";
   }
   return "?";
 }
@@ -347,7 +347,7 @@ void Manager::Impl::session_forked(const SessionStatus& session) {
     if (parent != sessions_.end() && parent->second.draining) begin_draining(session.id, own);
     log_.write(fmt::format("session {}: a child of session {}'s client, {} bytes from {}", session.id,
                            session.parent, session.memory_bytes, session.image));
-    if (ending_) engine_->begin_detach(session.id, Unreadable::poison, [](const Result<void>&) {});
+    if (ending_) end_session(session.id, own);
   });
 }
 

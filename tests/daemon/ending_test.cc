@@ -1,10 +1,13 @@
 // How a manager ends: nobody is left with pages missing.
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <filesystem>
 
 #include "daemon/fixture.h"
+#include "support/sigbus.h"
 
 namespace uffdkit::test {
 namespace {
@@ -109,6 +112,39 @@ TEST_F(Ending, AClientThatCannotBeCompletedInTimeIsKilledAndTheExitCodeTells) {
     EXPECT_EQ(process.wait(), -SIGKILL);
     EXPECT_TRUE(manager.logged("before the client's memory is complete")) << manager.log();
   }
+}
+
+// As a jailer does it for the process that it has confined: what is killed is not whose memory it is.
+TEST_F(Ending, MemoryThatAnotherProcessHandedOverHasSigbusAndNoZerosForWhatIsMissing) {
+  if (const auto kernel = probe_features(); kernel && !kernel->available.has(Features(abi::kFeaturePoison)))
+    GTEST_SKIP() << "needs a kernel that can poison pages (6.6)";
+  ManagerProcess manager(directory_, {"--firecracker", socket_ + "=" + image_.path(), "--drain-seconds", "0",
+                                      "--store-fault", "stall,from=1M"});
+  Child process = program([&](const Channel& channel) {
+    const ClientMemory memory(image_, whole(image_));
+    Child jailer = program([&](const Channel& own) {
+      const UniqueFd connection = memory.hand_over(socket_);
+      own.send(1);
+      own.receive();
+    });
+    jailer.channel().receive();
+    // The manager's is the only one that is left.
+    const UniqueFd nothing(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+    require(::dup3(nothing.get(), memory.uffd().fd(), O_CLOEXEC) >= 0, "dup3");
+    memory.check(1);
+    channel.send(1);
+    channel.receive();
+    require(jailer.wait() == -SIGKILL, "who handed it over lives");
+    memory.check(1);
+    for (std::size_t page = 256; page < memory.pages(); page += 3)
+      if (!Image::is_hole(page))
+        require(raises_sigbus(memory.bytes(page).data()), "page " + std::to_string(page) + " can be read");
+  });
+  process.channel().receive();
+  EXPECT_EQ(manager.stop(), 1) << manager.log();
+  EXPECT_TRUE(manager.logged("before the client's memory is complete")) << manager.log();
+  process.channel().send(1);
+  EXPECT_EQ(process.wait(), 0) << manager.log();
 }
 
 }  // namespace

@@ -268,6 +268,37 @@ TEST_F(Forks, AChildWhoseImageIsGoneWhenAWorkerTakesOverGetsSigbusAndNoZeros) {
   EXPECT_EQ(process.wait(), 0) << manager_.log();
 }
 
+// The kernel copies no markers of shared memory.
+TEST_F(Forks, APageThatRaisesSigbusDoesSoInAChildToo) {
+  const Image lost(directory_ / "lost", kPages);
+  const std::string socket = directory_ / "lost.sock";
+  const TempDir directory;
+  ManagerProcess manager(directory, {"--firecracker", socket + "=" + lost.path(), "--fault-around", "1",
+                                     "--read-retries", "0", "--store-fault", "error,from=64K,to=128K"});
+  for (const auto shape : {ClientShape::Memory::anonymous, ClientShape::Memory::shared}) {
+    Child process = program([&](const Channel& channel) {
+      const ClientMemory memory(lost, {.regions = {{.pages = kPages}}, .memory = shape});
+      hand_over_with_events(memory, socket);
+      require(raises_sigbus(memory.bytes(17).data()), "page 17 can be read");
+      // Nothing of it was asked for when the child's memory is completed.
+      fork_and_wait([&](const Channel&) {
+        require(raises_sigbus(memory.bytes(16).data()), "page 16 can be read");
+        channel.send(1);
+        channel.receive();
+        require(raises_sigbus(memory.bytes(17).data()), "page 17 can be read in a child");
+        memory.check(0);
+      });
+    });
+    process.channel().receive();
+    // A drain is given up over a page that cannot be read; an end is not.
+    if (shape == ClientShape::Memory::shared) {
+      EXPECT_EQ(manager.stop(), 0) << manager.log();
+    }
+    process.channel().send(1);
+    EXPECT_EQ(process.wait(), 0) << manager.log();
+  }
+}
+
 TEST_F(Forks, ChildrenThatExitAreKilledOrExecuteAtAnyStageLeaveNothingBehind) {
   const Footprint before = footprint_before();
   const std::vector<std::function<void()>> ends = {[] { _exit(0); }, [] { raise(SIGKILL); },

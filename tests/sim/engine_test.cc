@@ -40,6 +40,7 @@ class Host final : public SessionHost {
   bool gives_way() override { return false; }
   void start_fetch(StoreLane&, std::unique_ptr<Fetch>) override {}
   bool kill_client() override { return false; }
+  bool client_has_exited() override { return true; }
   bool stop_client() override { return false; }
   void continue_client() override {}
   Result<void> forked(std::unique_ptr<ForkedSession>&) override { return {}; }

@@ -954,9 +954,11 @@ class ManagerWorld {
     if (threads_.others() != 0) fail(fmt::format("{} threads are left", threads_.others()));
   }
 
-  // Something was wrong: who waits for what does not come would not end.
+  // Something was wrong: who waits for what does not come would not end, and the manager not before its
+  // clients.
   void give_up() {
     threads_.mend();
+    for (const auto& client : clients_) kill(*client);
     manager_->stop();
     manager_->stop();
     while (!ended_) {

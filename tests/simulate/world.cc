@@ -117,6 +117,7 @@ struct Client final : SessionHost {
     process.kill();
     return true;
   }
+  bool client_has_exited() override { return !process.alive(); }
   bool stop_client() override { return false; }
   void continue_client() override {}
   Result<void> forked(std::unique_ptr<ForkedSession>& born) override {

@@ -217,6 +217,7 @@ class FakeHost final : public SessionHost {
   bool in_a_hurry = false;  // others wait
   bool killable = true;     // its process is known
   bool killed = false;
+  bool exited = false;  // has its process
   int stops = 0;
   int continues = 0;
   std::vector<std::string> failures;
@@ -229,7 +230,8 @@ class FakeHost final : public SessionHost {
   std::span<std::byte> scratch() override { return scratch_; }
   bool gives_way() override { return in_a_hurry; }
   void start_fetch(StoreLane&, std::unique_ptr<Fetch> fetch) override { fetches.push_back(std::move(fetch)); }
-  bool kill_client() override { return killed = killable; }
+  bool kill_client() override { return killed = killable && !exited; }
+  bool client_has_exited() override { return !killable || exited; }
   bool stop_client() override {
     stops += killable ? 1 : 0;
     return killable;
@@ -283,6 +285,11 @@ class SessionTest : public testing::Test {
     host_.fetches.pop_front();
     read_fetch(*fetch);
     session_.fetched(std::move(fetch));
+  }
+  // The client's process ends, and its memory with it.
+  void exit_client() {
+    host_.exited = kernel_.gone = true;
+    session_.check_target();
   }
   // Goes through time until the session wants nothing more.
   void run_out(int times = 20'000) {
@@ -745,8 +752,9 @@ TEST_F(SessionTest, AClientIsKilledWhereAPageCannotBePoisoned) {
   bring();
   settle();
   EXPECT_TRUE(host_.killed);
-  EXPECT_EQ(session_.end(), SessionEnd::failed);
   EXPECT_EQ(host_.warnings.size(), 1u);
+  exit_client();
+  EXPECT_EQ(session_.end(), SessionEnd::failed);
 }
 
 TEST_F(SessionTest, PoisoningIsTriedAgainWhenItIsPutOffOrShortOfMemory) {
@@ -1167,6 +1175,33 @@ TEST_F(SessionTest, DetachingPoisonsWhatCannotBeRead) {
   EXPECT_EQ(at(101), tag_of(101));
 }
 
+TEST_F(SessionTest, DetachingPoisonsWhatTheKernelHasPutOff) {
+  store_->bad = {6};
+  kernel_.refuse = [](const FakeKernel::Call& call) {
+    return call.request == abi::kIoctlPoison ? ENOMEM : 0;
+  };
+  kernel_.fault(pages(6));
+  settle();
+  bring();
+  settle();
+  session_.begin_detach(Unreadable::poison);
+  settle();
+  EXPECT_FALSE(session_.end());
+  kernel_.refuse = [](const auto&) { return 0; };
+  run_out();
+  EXPECT_EQ(session_.end(), SessionEnd::detached);
+  EXPECT_EQ(kernel_.poisoned, std::set<std::uint64_t>{pages(6).start.value});
+}
+
+TEST_F(SessionTest, DetachingPoisonsWhatItsFormerOwnerWasAboutToPoison) {
+  auto& state = const_cast<SessionState&>(session_.state());
+  state.table(0).set(PageIndex(100), PageState::poisoned);
+  session_.begin_detach(Unreadable::poison);
+  run_out();
+  EXPECT_EQ(session_.end(), SessionEnd::detached);
+  EXPECT_EQ(kernel_.poisoned, std::set<std::uint64_t>{pages(100).start.value});
+}
+
 TEST_F(SessionTest, DetachingIsGivenUpOverAPageThatCannotBeReadWhereTheClientWantsThat) {
   store_->bad = {6};
   session_.begin_detach(Unreadable::keep_serving);
@@ -1338,6 +1373,76 @@ TEST_F(SessionTest, AnEventThatCannotBeFollowedKillsTheClient) {
   kernel_.messages.push_back(message);
   settle();
   EXPECT_TRUE(host_.killed);
+  exit_client();
+  EXPECT_EQ(session_.end(), SessionEnd::failed);
+}
+
+TEST_F(SessionTest, AClientThatIsKilledIsServedNothingMoreAndKeptUntilItsMemoryIsGone) {
+  session_.fail("a test");
+  kernel_.fault(pages(6));
+  Session::Next next = settle();
+  host_.now = next.wake_at_ns;
+  next = settle();
+  EXPECT_FALSE(session_.end());
+  EXPECT_GT(next.wake_at_ns, host_.now);
+  EXPECT_TRUE(kernel_.present.empty());
+  EXPECT_EQ(kernel_.count(abi::kIoctlUnregister), 0u);
+  // Its memory goes before its process has.
+  kernel_.gone = true;
+  host_.now = next.wake_at_ns;
+  settle();
+  EXPECT_EQ(session_.end(), SessionEnd::failed);
+  EXPECT_TRUE(kernel_.poisoned.empty());
+}
+
+TEST_F(SessionTest, MemoryThatOutlivesTheClientThatIsKilledIsPoisoned) {
+  for (const std::uint64_t page : {6ul, 100ul}) kernel_.fault(pages(page));
+  kernel_.removed(pages(100));
+  settle();
+  session_.begin_detach(Unreadable::keep_serving);
+  session_.fail("a test");
+  kernel_.fault(pages(40));
+  settle();
+  host_.exited = true;
+  session_.check_target();
+  run_out();
+  EXPECT_EQ(session_.end(), SessionEnd::failed);
+  for (std::uint64_t page = 0; page < 1024; ++page)
+    EXPECT_NE(kernel_.poisoned.contains(pages(page).start.value), at(page).has_value()) << page;
+  EXPECT_EQ(at(6), tag_of(6));
+  EXPECT_EQ(at(100), std::byte{0});
+  EXPECT_EQ(at(40), std::nullopt);
+}
+
+TEST_F(SessionTest, MemoryOfAClientThatDoesNotDieIsPoisonedAfterAWhile) {
+  session_.fail("a test");
+  run_out();
+  EXPECT_EQ(session_.end(), SessionEnd::failed);
+  EXPECT_EQ(kernel_.poisoned.size(), 1024u);
+}
+
+TEST_F(SessionTest, AClientWhoseProcessHasExitedBeforeIsPoisoned) {
+  host_.exited = true;
+  session_.fail("a test");
+  EXPECT_FALSE(host_.killed);
+  run_out();
+  EXPECT_EQ(session_.end(), SessionEnd::failed);
+  EXPECT_EQ(kernel_.poisoned.size(), 1024u);
+}
+
+TEST_F(SessionTest, WhereNothingCanBePoisonedMemoryThatOutlivesItsClientIsNeverLeft) {
+  kernel_.refuse = [](const FakeKernel::Call& call) {
+    return call.request == abi::kIoctlPoison ? EINVAL : 0;
+  };
+  session_.fail("a test");
+  host_.exited = true;
+  for (int looks = 0; looks < 100; ++looks) host_.now = std::max(host_.now, settle().wake_at_ns);
+  EXPECT_FALSE(session_.end());
+  EXPECT_EQ(kernel_.count(abi::kIoctlUnregister), 0u);
+  ASSERT_EQ(host_.warnings.size(), 2u);
+  EXPECT_NE(host_.warnings[1].find("cannot poison"), std::string::npos) << host_.warnings[1];
+  kernel_.gone = true;
+  run_out();
   EXPECT_EQ(session_.end(), SessionEnd::failed);
 }
 
