@@ -202,6 +202,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
     Records::Session session;
     std::shared_ptr<StoreLane> lane;
     std::shared_ptr<SharedImage> memory;
+    std::uint32_t tries = 0;
   };
   // Errors, here and in the next: no thread can be started.
   Result<ImageCatalog::TakenUp> image_of(std::size_t record, Inherited& inherited);

@@ -191,6 +191,7 @@ nlohmann::json Manager::Impl::status() {
                  {"image_cache", cache_to_json(images_->cache())},
                  {"sessions_left_out", left_out},
                  {"late_faults", watchdog_.late_faults()},
+                 {"sessions_not_taken_up", not_taken_up_.size()},
                  {"sandbox", confinement()},
                  {"users", users()},
                  {"user_limits",

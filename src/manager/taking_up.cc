@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 
 #include "base/check.h"
 #include "base/step.h"
@@ -157,16 +158,24 @@ void Manager::Impl::cannot_take_up(const Records::Session& session, const std::s
 }
 
 void Manager::Impl::take_up_again(SessionId id) {
-  const NotTakenUp& waits = not_taken_up_.at(id);
+  NotTakenUp& waits = not_taken_up_.at(id);
   Uffd uffd = Uffd::adopt(waits.session.uffd, Features(), options_.system);
   const bool is_alive = uffd.target_alive();
   (void)uffd.release();
   const bool is_served = is_alive && !has_come_back(waits.session);
-  if (is_served && !take_up(waits.session, waits.lane, waits.memory)) {
-    loop_->after(kTakeUpAgainMs, [this, id] { take_up_again(id); });
-    return;
+  if (is_served) {
+    if (const Result<void> taken = take_up(waits.session, waits.lane, waits.memory); !taken) {
+      // Who waits there is in no list of pending faults, so it is said here: each time twice as late.
+      if (std::has_single_bit(++waits.tries))
+        log_.write(fmt::format("session {} still cannot be taken up, after {} tries: {}", id, waits.tries,
+                               taken.error().text()));
+      loop_->after(kTakeUpAgainMs, [this, id] { take_up_again(id); });
+      return;
+    }
+    log_.write(fmt::format("session {} is taken up now", id));
+  } else {
+    give_up(waits.session);
   }
-  if (!is_served) give_up(waits.session);
   options_.records->release_image(waits.lane.get());
   not_taken_up_.erase(id);
   if (ending_ && is_served) end_session(id, sessions_.at(id));

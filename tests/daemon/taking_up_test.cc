@@ -188,7 +188,9 @@ class NotTakenUp : public ManagerTest {
   }
   // Is the worker that finds this client's session, and what is wrong with its state file, and then is told
   // to end. Whether its end was good.
-  void take_up_and_end(const Child& client, SessionKind kind, bool is_mended, End end, bool is_good) const {
+  void take_up_and_end(
+      const Child& client, SessionKind kind, bool is_mended, End end, bool is_good,
+      const std::function<void()>& before_end = [] {}) const {
     std::uint64_t start = 0;
     const UniqueFd uffd = client.channel().receive_fd(start);
     Child worker = program([&](const Channel&) {
@@ -214,6 +216,7 @@ class NotTakenUp : public ManagerTest {
       const std::unique_ptr<Manager> manager = take(Manager::create({.records = records.get()}));
       succeed(manager->take_up());
       if (is_mended) require(::pwrite(state.fd(), &first, 1, 0) == 1, "mend it");
+      before_end();
       manager->stop();
       if (end == End::now) manager->stop();
       require(manager->run() == is_good, "the end");
@@ -237,6 +240,13 @@ TEST_F(NotTakenUp, ASessionIsCompletedBeforeTheEndWhenItCanBeTakenUp) {
 TEST_F(NotTakenUp, AClientIsKilledAtAnEndThatDoesNotWait) {
   Child process = client_without_descriptor(check_all_pages);
   take_up_and_end(process, SessionKind::firecracker, /*is_mended=*/false, End::now, /*is_good=*/false);
+  EXPECT_EQ(process.wait(), -SIGKILL);
+}
+
+TEST_F(NotTakenUp, OneWhoseMemoryHasGoneIsWaitedForNoLonger) {
+  Child process = client_without_descriptor(check_all_pages);
+  take_up_and_end(process, SessionKind::fork, /*is_mended=*/false, End::complete, /*is_good=*/true,
+                  [&] { ::kill(process.pid(), SIGKILL); });
   EXPECT_EQ(process.wait(), -SIGKILL);
 }
 
