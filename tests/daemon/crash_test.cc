@@ -316,6 +316,24 @@ TEST_F(Crash, UpgradeSaysWhenTheNewProgramServes) {
   EXPECT_NE(upgraded.out.find(std::to_string(manager.worker_pid())), std::string::npos) << upgraded.out;
 }
 
+TEST_F(Crash, AnUpgradePutsTheNewBinaryInThePlaceOfAllProcesses) {
+  if (::geteuid() != 0) GTEST_SKIP() << "needs root, to see what a process runs";
+  const std::string program = directory_ / "uffdkit";
+  std::filesystem::copy_file(built("uffdkit"), program);
+  const ManagerProcess manager(directory_, arguments(), {.program = program});
+  const auto runs_it = [&](const char* process) {
+    const auto pid = manager.status().at(process).at("pid").get<pid_t>();
+    return std::filesystem::equivalent("/proc/" + std::to_string(pid) + "/exe", program);
+  };
+  const auto run_it = [&] { return runs_it("keeper") && runs_it("worker") && runs_it("standby"); };
+  EXPECT_TRUE(run_it());
+  std::filesystem::copy_file(built("uffdkit"), directory_ / "new");
+  std::filesystem::rename(directory_ / "new", program);
+  EXPECT_FALSE(runs_it("keeper") || runs_it("worker") || runs_it("standby"));
+  EXPECT_EQ(run_program("uffdkit", {"upgrade", "--control", manager.control()}).exit_code, 0);
+  EXPECT_TRUE(eventually(run_it));
+}
+
 TEST_F(Crash, WithoutAKeeperAnUpgradeIsRefused) {
   std::vector<std::string> alone = arguments();
   alone.emplace_back("--no-keeper");
