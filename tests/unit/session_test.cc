@@ -771,6 +771,42 @@ TEST_F(SessionTest, PoisoningIsTriedAgainWhenItIsPutOffOrShortOfMemory) {
   EXPECT_FALSE(host_.killed);
 }
 
+class KillTest : public SessionTest {
+ protected:
+  KillTest() : SessionTest(4, {}, OnError::kill) {
+    store_->cached = false;
+    store_->bad = {6};
+  }
+  void fault_and_fail() {
+    kernel_.fault(pages(6));
+    settle();
+    bring();
+    settle();
+  }
+};
+
+TEST_F(KillTest, WhoNeedsAPageThatCannotBeReadIsKilledAndNotServedAnyMore) {
+  fault_and_fail();
+  EXPECT_TRUE(host_.killed);
+  EXPECT_EQ(counter(counters().read_errors), 1u);
+  kernel_.fault(pages(600));
+  settle();
+  EXPECT_TRUE(host_.fetches.empty());
+  EXPECT_FALSE(session_.end());
+  exit_client();
+  EXPECT_EQ(session_.end(), SessionEnd::failed);
+  EXPECT_TRUE(kernel_.poisoned.empty());
+}
+
+TEST_F(KillTest, WhoseProcessNobodyKnowsOrHasExitedHasThePagePoisonedAlone) {
+  host_.exited = true;
+  fault_and_fail();
+  EXPECT_FALSE(host_.killed);
+  EXPECT_FALSE(session_.end());
+  EXPECT_EQ(kernel_.poisoned, std::set<std::uint64_t>{pages(6).start.value});
+  EXPECT_EQ(at(7), tag_of(7));
+}
+
 // ---- why a fault waits ------------------------------------------------------------------------------------
 
 TEST_F(SessionTest, ItIsToldWhichFaultIsOldestAndWhyItWaits) {
@@ -1412,6 +1448,31 @@ TEST_F(SessionTest, MemoryThatOutlivesTheClientThatIsKilledIsPoisoned) {
   EXPECT_EQ(at(6), tag_of(6));
   EXPECT_EQ(at(100), std::byte{0});
   EXPECT_EQ(at(40), std::nullopt);
+}
+
+// It maps the image's memory privately, so that what was given back is the image's if nobody serves it.
+TEST_F(SessionTest, WhatWasGivenBackOfASharedImageIsPoisonedToo) {
+  const std::shared_ptr<SharedImage> image = SharedImage::create(lane_).value();
+  const AddressRange memory = pages(2000, 64);
+  ASSERT_TRUE(session_.add_region(memory, StoreOffset(0), kPage4K, lane_, 0,
+                                  {.mode = SharingMode::resolve, .image = image}));
+  for (const std::uint64_t page : {2001ul, 2002ul}) {
+    kernel_.fault(pages(page), abi::kPagefaultMinor);
+    settle();
+    ASSERT_TRUE(at(page));
+  }
+  kernel_.removed(pages(2001));
+  settle();
+  host_.killable = false;
+  session_.fail("a test");
+  session_.step();
+  ASSERT_FALSE(session_.end());
+  // While it is being poisoned, too.
+  kernel_.removed(pages(2002));
+  run_out();
+  EXPECT_EQ(session_.end(), SessionEnd::failed);
+  for (const std::uint64_t page : {2001ul, 2002ul})
+    EXPECT_TRUE(kernel_.poisoned.contains(pages(page).start.value)) << page;
 }
 
 TEST_F(SessionTest, MemoryOfAClientThatDoesNotDieIsPoisonedAfterAWhile) {
