@@ -9,8 +9,8 @@
 int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   using namespace uffdkit;
   control::LineReader reader(control::kRequestBytesMax);
-  fuzz::for_each_piece(fuzz::bytes_of(data, size), [&](Piece piece) {
-    const auto lines = reader.feed(std::move(piece));
+  fuzz::for_each_piece(fuzz::bytes_of(data, size), [&](const Piece& piece) {
+    const auto lines = reader.feed(piece);
     if (!lines) return false;
     for (const std::string& line : *lines) {
       if (const auto request = control::decode_request(line)) {

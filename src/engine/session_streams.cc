@@ -36,9 +36,8 @@ bool Session::start_batch_of_stream() {
   Streams::Ahead& ahead = prefetching_->ahead.front();
   const RegionId region = ahead.region;
   const std::shared_ptr<StoreLane> lane = serving_[region].lane;
-  if (!lane) ahead.count = 0;
   // What comes too late is of no use.
-  if (lane && !lane->takes_unasked()) ahead.count = 0;
+  if (!lane || !lane->takes_unasked()) ahead.count = 0;
   const std::size_t granules_max = pace().batch_pages;
   std::vector<FetchPiece> pieces;
   std::size_t granules = 0;

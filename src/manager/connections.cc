@@ -439,7 +439,7 @@ void ControlConnection::ready() {
     if (!piece) return service_.close(*this, socket_.get());
     if (piece->bytes.empty() && !piece->end) return service_.want(*this, socket_.get(), true, false);
     ended_ = piece->end;
-    Result<std::vector<std::string>> lines = reader_.feed(std::move(*piece));
+    Result<std::vector<std::string>> lines = reader_.feed(*piece);
     if (!lines) {
       out_ += control::encode_error(lines.error());
       ended_ = true;

@@ -64,7 +64,8 @@ Result<ImageCatalog::TakenUp> Manager::Impl::image_of(std::size_t record, Inheri
   (void)file.release();
   if (!taken) return taken;
   options_.records->hold_image(record, taken->lane.get());
-  if (taken->damage) log_.write(fmt::format("an image is not what it was: {}", taken->damage->text()));
+  if (const std::optional<Error>& damage = taken->damage)
+    log_.write(fmt::format("an image is not what it was: {}", damage->text()));
   return inherited.images.emplace(record, *std::move(taken)).first->second;
 }
 
@@ -86,8 +87,9 @@ Result<void> Manager::Impl::take_up(const Records::Session& session, Inherited& 
     }
   }
   // A client that can come back waits for the image to be whole again.
-  const bool waits = image->damage && can_come_back(session);
-  const Result<void> taken = waits ? Failure(*image->damage) : take_up(session, image->lane, memory);
+  const std::optional<Error>& damage = image->damage;
+  const Result<void> taken =
+      damage && can_come_back(session) ? Failure(*damage) : take_up(session, image->lane, memory);
   if (taken) return {};
   log_.write(fmt::format("session {} cannot be taken up: {}", session.id, taken.error().text()));
   cannot_take_up(session, image->lane, memory);

@@ -39,7 +39,7 @@ Result<nlohmann::json> ask_once(const std::string& socket, const control::Reques
     Result<Piece> piece = receive_some(connection->get(), buffer);
     if (!piece) return Failure(sent ? piece.error() : sent.error());
     const bool end = piece->end;
-    const Result<std::vector<std::string>> lines = reader.feed(std::move(*piece));
+    const Result<std::vector<std::string>> lines = reader.feed(*piece);
     if (!lines) return Failure(lines.error());
     if (!lines->empty()) return control::decode_answer(lines->front());
     if (end)

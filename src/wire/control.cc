@@ -193,7 +193,7 @@ Result<Json> decode_answer(std::string_view line) {
   return Failure(std::move(error));
 }
 
-Result<std::vector<std::string>> LineReader::feed(Piece piece) {
+Result<std::vector<std::string>> LineReader::feed(const Piece& piece) {
   std::vector<std::string> lines;
   std::string_view rest(reinterpret_cast<const char*>(piece.bytes.data()), piece.bytes.size());
   while (!rest.empty()) {

@@ -62,14 +62,14 @@ std::string encode_error(const Error& error);
 // The whole object of an answer that is ok; the error of one that is not.
 Result<nlohmann::json> decode_answer(std::string_view line);
 
-// Cuts a stream into lines. Descriptors that come along are closed.
+// Cuts a stream into lines. Descriptors that come along stay with the piece, to be closed with it.
 class LineReader {
  public:
   explicit LineReader(std::size_t line_bytes_max) : line_bytes_max_(line_bytes_max) {}
 
   // Takes one piece; returns the lines that it completes, without their ends; empty lines are left out.
   // Errors: a line longer than the bound; the end within a line.
-  Result<std::vector<std::string>> feed(Piece piece);
+  Result<std::vector<std::string>> feed(const Piece& piece);
 
  private:
   std::size_t line_bytes_max_;

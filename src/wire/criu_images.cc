@@ -18,7 +18,7 @@ namespace {
 // The first number of every image but the inventory, since version 2 of the format.
 constexpr std::uint32_t kCommonMagic = 0x54564319;
 constexpr std::uint64_t kImageVersionMax = 2;
-constexpr std::size_t kReadBytes = 64 * 1024;
+constexpr std::size_t kReadBytes = std::size_t{64} * 1024;
 
 // Bits of a page map's entry.
 constexpr std::uint64_t kInParent = 1;
@@ -44,11 +44,21 @@ template <class Take>
 Result<void> for_each_field(const ImageFile& file, const Record& record, Take take) {
   ProtoReader reader(record.bytes);
   for (;;) {
-    const Result<std::optional<ProtoField>> field = reader.next();
-    if (!field) return Failure(file.error_at(record.at, field.error().message()));
-    if (!*field) return {};
-    if (auto taken = take(**field); !taken) return Failure(file.error_at(record.at, taken.error().message()));
+    const Result<std::optional<ProtoField>> next = reader.next();
+    if (!next) return Failure(file.error_at(record.at, next.error().message()));
+    const std::optional<ProtoField>& field = *next;
+    if (!field) return {};
+    if (auto taken = take(*field); !taken) return Failure(file.error_at(record.at, taken.error().message()));
   }
+}
+
+// The record with which a file begins that must have one.
+Result<Record> first_record(ImageFile& file) {
+  const Result<std::optional<Record>> next = file.next();
+  if (!next) return Failure(next.error());
+  const std::optional<Record>& record = *next;
+  if (!record) return Failure(file.error_at(0, "there is no record"));
+  return *record;
 }
 
 // The number in a field that is to hold one, up to `max`.
@@ -220,33 +230,33 @@ bool Vma::can_be_lazy() const {
 }
 
 Result<void> check_inventory(ImageFile& file) {
-  const Result<std::optional<Record>> record = file.next();
+  const Result<Record> record = first_record(file);
   if (!record) return Failure(record.error());
-  if (!*record) return Failure(file.error_at(0, "there is no record"));
   std::uint64_t version = 0;
-  auto read = for_each_field(file, **record, [&](const ProtoField& field) -> Result<void> {
+  auto read = for_each_field(file, *record, [&](const ProtoField& field) -> Result<void> {
     if (field.number == 1) return take_number(field, version, kU32Max);
     return {};
   });
   if (!read) return read;
   if (version == 0 || version > kImageVersionMax)
-    return Failure(file.error_at((*record)->at, fmt::format("images of version {} are not known", version)));
+    return Failure(file.error_at(record->at, fmt::format("images of version {} are not known", version)));
   return {};
 }
 
 Result<std::vector<std::int32_t>> read_pstree(ImageFile& file) {
   std::vector<std::int32_t> tasks;
   for (;;) {
-    const Result<std::optional<Record>> record = file.next();
-    if (!record) return Failure(record.error());
-    if (!*record) return tasks;
+    const Result<std::optional<Record>> next = file.next();
+    if (!next) return Failure(next.error());
+    const std::optional<Record>& record = *next;
+    if (!record) return tasks;
     std::int32_t pid = 0;
-    auto read = for_each_field(file, **record, [&](const ProtoField& field) -> Result<void> {
+    auto read = for_each_field(file, *record, [&](const ProtoField& field) -> Result<void> {
       if (field.number == 1) return take_number(field, pid, std::numeric_limits<std::int32_t>::max());
       return {};
     });
     if (!read) return Failure(read.error());
-    if (pid == 0) return Failure(file.error_at((*record)->at, "a task without a process number"));
+    if (pid == 0) return Failure(file.error_at(record->at, "a task without a process number"));
     tasks.push_back(pid);
   }
 }
@@ -293,14 +303,15 @@ Result<Vma> vma_of(std::span<const std::byte> bytes) {
   Vma vma{.memory = {}, .flags = 0, .status = 0};
   ProtoReader reader(bytes);
   for (;;) {
-    const Result<std::optional<ProtoField>> field = reader.next();
-    if (!field) return Failure(field.error());
-    if (!*field) break;
+    const Result<std::optional<ProtoField>> next = reader.next();
+    if (!next) return Failure(next.error());
+    const std::optional<ProtoField>& field = *next;
+    if (!field) break;
     Result<void> taken;
-    if ((*field)->number == 1) taken = take_number(**field, start, kU64Max);
-    if ((*field)->number == 2) taken = take_number(**field, end, kU64Max);
-    if ((*field)->number == 6) taken = take_number(**field, vma.flags, kU32Max);
-    if ((*field)->number == 7) taken = take_number(**field, vma.status, kU32Max);
+    if (field->number == 1) taken = take_number(*field, start, kU64Max);
+    if (field->number == 2) taken = take_number(*field, end, kU64Max);
+    if (field->number == 6) taken = take_number(*field, vma.flags, kU32Max);
+    if (field->number == 7) taken = take_number(*field, vma.status, kU32Max);
     if (!taken) return Failure(taken.error());
   }
   if (end <= start) return Failure(Error(fmt::format("a mapping from {:#x} to {:#x}", start, end)));
@@ -316,10 +327,9 @@ Result<Vma> vma_of(std::span<const std::byte> bytes) {
 
 Result<Pagemap> read_pagemap(ImageFile& file) {
   Pagemap pagemap;
-  const Result<std::optional<Record>> head = file.next();
+  const Result<Record> head = first_record(file);
   if (!head) return Failure(head.error());
-  if (!*head) return Failure(file.error_at(0, "there is no record"));
-  auto read = for_each_field(file, **head, [&](const ProtoField& field) -> Result<void> {
+  auto read = for_each_field(file, *head, [&](const ProtoField& field) -> Result<void> {
     if (field.number == 1) return take_number(field, pagemap.pages_id, kU32Max);
     return {};
   });
@@ -327,16 +337,17 @@ Result<Pagemap> read_pagemap(ImageFile& file) {
 
   StoreOffset offset(0);
   for (;;) {
-    const Result<std::optional<Record>> record = file.next();
-    if (!record) return Failure(record.error());
-    if (!*record) return pagemap;
-    Result<PagemapRun> run = pagemap_run(file, **record);
+    const Result<std::optional<Record>> next = file.next();
+    if (!next) return Failure(next.error());
+    const std::optional<Record>& record = *next;
+    if (!record) return pagemap;
+    Result<PagemapRun> run = pagemap_run(file, *record);
     if (!run) return Failure(run.error());
     if (run->memory.length.value == 0) continue;
     if (!pagemap.runs.empty() && run->memory.start < pagemap.runs.back().memory.end())
       return Failure(file.error_at(
-          (*record)->at, fmt::format("the pages at {:#x} overlap the ones before, or are out of order",
-                                     run->memory.start.value)));
+          record->at, fmt::format("the pages at {:#x} overlap the ones before, or are out of order",
+                                  run->memory.start.value)));
     run->offset = offset;
     // Cannot overflow: runs do not overlap, so together they have fewer bytes than there are addresses.
     if (run->present) offset = offset + run->memory.length;
@@ -348,11 +359,10 @@ Result<Pagemap> read_pagemap(ImageFile& file) {
 }
 
 Result<std::vector<Vma>> read_vmas(ImageFile& file) {
-  const Result<std::optional<Record>> record = file.next();
+  const Result<Record> record = first_record(file);
   if (!record) return Failure(record.error());
-  if (!*record) return Failure(file.error_at(0, "there is no record"));
   std::vector<Vma> vmas;
-  auto read = for_each_field(file, **record, [&](const ProtoField& field) -> Result<void> {
+  auto read = for_each_field(file, *record, [&](const ProtoField& field) -> Result<void> {
     if (field.number != 14) return {};
     if (!field.is_bytes) return malformed(field.at, "field 14 holds a number instead of a mapping");
     const Result<Vma> vma = vma_of(field.bytes);

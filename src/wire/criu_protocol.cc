@@ -40,14 +40,14 @@ Result<std::vector<RestoreMessage>> RestoreDecoder::feed(Piece piece) {
     if (!pid_) {
       number_[number_bytes_++] = byte;
       if (number_bytes_ < number_.size()) continue;
-      Result<std::optional<RestoreMessage>> message = take_number();
-      if (!message) return Failure(std::move(message).error());
-      if (*message) messages.push_back(std::move(**message));
+      Result<std::optional<RestoreMessage>> taken = take_number();
+      if (!taken) return Failure(std::move(taken).error());
+      if (std::optional<RestoreMessage>& message = *taken) messages.push_back(*std::move(message));
       continue;
     }
     if (fds_.size() != 1)
       return refuse(fmt::format("{} descriptors came with task {} instead of one", fds_.size(), *pid_));
-    messages.push_back(TaskRestored{.pid = *pid_, .uffd = std::move(fds_.front())});
+    messages.emplace_back(TaskRestored{.pid = *pid_, .uffd = std::move(fds_.front())});
     fds_.clear();
     pid_.reset();
   }

@@ -228,7 +228,7 @@ class Reader {
   template <class Value>
   Result<Value> finish(const char* frame, Value value) {
     if (!failed() && !rest_.empty()) fail(fmt::format("{} bytes too many", rest_.size()));
-    if (failed()) return broken(fmt::format("{}: {}", frame, *error_));
+    if (error_) return broken(fmt::format("{}: {}", frame, *error_));
     return value;
   }
 
@@ -420,6 +420,7 @@ std::string to_string(ErrorCode code) {
 
 std::vector<int> OutgoingFrame::fd_numbers() const {
   std::vector<int> numbers;
+  numbers.reserve(fds.size());
   for (const UniqueFd& fd : fds) numbers.push_back(fd.get());
   return numbers;
 }

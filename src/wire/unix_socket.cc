@@ -113,7 +113,7 @@ void collect_fds(const msghdr& message, std::vector<UniqueFd>& fds) {
     if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) continue;
     const std::size_t count = (part->cmsg_len - CMSG_LEN(0)) / sizeof(int);
     for (std::size_t i = 0; i < count; ++i) {
-      int fd;
+      int fd = -1;
       std::memcpy(&fd, CMSG_DATA(part) + i * sizeof(int), sizeof fd);
       fds.emplace_back(fd);
     }
@@ -279,7 +279,7 @@ Result<Piece> receive(int socket, std::span<std::byte> buffer, int flags) {
   message.msg_iovlen = 1;
   message.msg_control = control.data();
   message.msg_controllen = control.size();
-  ssize_t received;
+  ssize_t received = 0;
   do {
     received = ::recvmsg(socket, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC | flags);
   } while (received < 0 && errno == EINTR);

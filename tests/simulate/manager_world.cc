@@ -521,7 +521,7 @@ class ManagerWorld {
       const bool ended = !piece || piece->end;
       if (!ended && piece->bytes.empty()) return;
       Result<std::vector<std::string>> lines = std::vector<std::string>();
-      if (piece) lines = operators_reader_.feed(std::move(*piece));
+      if (piece) lines = operators_reader_.feed(*piece);
       if (!lines) return fail("what an operator hears is no line: " + lines.error().text());
       for (const std::string& line : *lines) {
         if (operators_asked_.empty()) return fail("an operator hears what was not asked");
