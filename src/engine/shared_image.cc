@@ -21,6 +21,8 @@ namespace uffdkit {
 namespace {
 
 constexpr PageCount kOnePage{1};
+// A huge page has the bits of eight words.
+constexpr std::uint64_t kPagesPerHuge = 512;
 // Not constant, so that the program's file does not hold it.
 constinit std::array<std::byte, kFetchGranulesMax * 4096> zeros{};
 
@@ -66,8 +68,12 @@ Result<std::shared_ptr<SharedImage>> SharedImage::take_up(std::shared_ptr<StoreL
                                                           UniqueFd& filled) {
   Result<StateMapping> memory = StateMapping::map(filled.get(), 0, filled_bytes(lane->store()->size()));
   if (!memory) return Failure(std::move(memory).error());
-  return std::shared_ptr<SharedImage>(
+  std::shared_ptr<SharedImage> image(
       new SharedImage(std::move(lane), std::move(file), std::move(filled), std::move(*memory)));
+  image->note_complete({PageIndex(0), PageCount(image->size().value / 4096)});
+  image->gathers_ = !image->complete_.empty();
+  if (image->gathers_) image->lane_->when_idle(image);
+  return image;
 }
 
 SharingMode SharedImage::mode_for(bool removed_reads_zero) {
@@ -233,9 +239,11 @@ int SharedImage::write(PageRange pages, std::span<const std::byte> bytes) const 
 
 void SharedImage::finish(std::uint64_t job, PageRange written, const Fetch* outcome) {
   std::vector<std::shared_ptr<Waiter>> complete;
+  bool gathers_from_now = false;
   {
     const std::lock_guard lock(mutex_);
     mark_filled(written);
+    gathers_from_now = !complete_.empty() && !std::exchange(gathers_, true);
     const auto found = std::find_if(jobs_.begin(), jobs_.end(), [&](const Job& j) { return j.id == job; });
     CHECK(found != jobs_.end());
     // Counted once, whoever else waits.
@@ -255,11 +263,37 @@ void SharedImage::finish(std::uint64_t job, PageRange written, const Fetch* outc
   }
   for (const std::shared_ptr<Waiter>& waiter : complete)
     if (const auto sink = waiter->sink.lock()) sink->fetched(std::move(waiter->fetch));
+  if (gathers_from_now) lane_->when_idle(weak_from_this());
+}
+
+void SharedImage::note_complete(PageRange pages) {
+  const std::uint64_t end = (pages.end().value + kPagesPerHuge - 1) / kPagesPerHuge;
+  for (std::uint64_t huge = pages.first.value / kPagesPerHuge; huge < end; ++huge) {
+    const PageIndex first(huge * kPagesPerHuge);
+    const PageIndex last = first + PageCount(kPagesPerHuge);
+    if (last.value <= size().value / 4096 && has(first) && end_of_run(first, last) == last)
+      complete_.push_back(huge);
+  }
+}
+
+void SharedImage::work_a_piece() {
+  std::uint64_t huge = 0;
+  bool more = false;
+  {
+    const std::lock_guard lock(mutex_);
+    huge = complete_.back();
+    complete_.pop_back();
+    gathers_ = more = !complete_.empty();
+  }
+  // Where it cannot be, the pages stay as they are.
+  (void)gather_into_huge_page(file_.get(), offset_of(PageIndex(huge * kPagesPerHuge)).value);
+  if (more) lane_->when_idle(weak_from_this());
 }
 
 void SharedImage::mark_filled(PageRange pages) {
   for (PageIndex page = pages.first; page < pages.end(); page = page + kOnePage)
     filled_[page.value / 64].fetch_or(std::uint64_t{1} << (page.value % 64), std::memory_order_release);
+  if (pages.count.value > 0) note_complete(pages);
   const std::uint64_t count = filled_count_.load(std::memory_order_relaxed) + pages.count.value;
   filled_count_.store(count, std::memory_order_relaxed);
   // Complete: nobody has to write any more, so nobody may. Refused only where somebody writes all the same.

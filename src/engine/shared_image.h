@@ -29,7 +29,9 @@
 
 namespace uffdkit {
 
-class SharedImage final : public FetchSink, public std::enable_shared_from_this<SharedImage> {
+class SharedImage final : public FetchSink,
+                          public IdleWork,
+                          public std::enable_shared_from_this<SharedImage> {
  public:
   // Errors: no memory files to be had.
   static Result<std::shared_ptr<SharedImage>> create(std::shared_ptr<StoreLane> lane);
@@ -74,6 +76,8 @@ class SharedImage final : public FetchSink, public std::enable_shared_from_this<
 
   // FetchSink: what the lane has read.
   void fetched(std::unique_ptr<Fetch> fetch) override;
+  // IdleWork: makes 2 MiB of which each page is there one huge page, for clients that map it from then on.
+  void work_a_piece() override;
 
  private:
   // Somebody's fetch, until the jobs that bring its pages are done.
@@ -99,7 +103,9 @@ class SharedImage final : public FetchSink, public std::enable_shared_from_this<
   int write(PageRange pages, std::span<const std::byte> bytes) const;
   // `outcome` says what could not be read; nullptr if all was read.
   void finish(std::uint64_t job, PageRange written, const Fetch* outcome);
-  void mark_filled(PageRange pages);
+  void mark_filled(PageRange pages);  // with mutex_ held
+  // Adds those of the huge pages that `pages` lie in of which all is there to `complete_`. With mutex_ held.
+  void note_complete(PageRange pages);
 
   const std::shared_ptr<StoreLane> lane_;
   const UniqueFd file_;
@@ -111,6 +117,8 @@ class SharedImage final : public FetchSink, public std::enable_shared_from_this<
   std::mutex mutex_;  // guards what follows
   std::vector<Job> jobs_;
   std::uint64_t last_job_ = 0;
+  std::vector<std::uint64_t> complete_;  // huge pages, by number, of which all is there, yet to be gathered
+  bool gathers_ = false;                 // a piece of that is to be worked
   bool huge_pages_ = false;  // were possible when it was made, or at any later time that was looked at
 };
 

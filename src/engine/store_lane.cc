@@ -41,7 +41,21 @@ struct StoreLane::Shared {
     }
     return std::nullopt;
   }
+  // Likewise: a piece of work, if there is nothing to read.
+  std::shared_ptr<IdleWork> take_work() {
+    while (may_work()) {
+      std::shared_ptr<IdleWork> next = work_when_idle.front().lock();
+      work_when_idle.pop_front();
+      if (next) return next;
+    }
+    return nullptr;
+  }
+  bool may_work() const {
+    return !work_when_idle.empty() && !works &&
+           std::ranges::all_of(queues, [](const auto& queue) { return queue.empty(); });
+  }
   bool may_begin() const {
+    if (may_work()) return true;
     const bool waits = !queues[1].empty() || !queues[2].empty();
     return !queues[0].empty() || (waits && unasked < kUnaskedThreadsMax);
   }
@@ -66,6 +80,8 @@ struct StoreLane::Shared {
   unsigned threads = 0;
   unsigned idle = 0;
   unsigned unasked = 0;  // threads that read what no fault waits for
+  std::deque<std::weak_ptr<IdleWork>> work_when_idle;
+  bool works = false;  // a thread does a piece of it
   bool closed = false;
 };
 
@@ -94,6 +110,7 @@ StoreLane::~StoreLane() {
   shared_->closed = true;
   for (auto& queue : shared_->queues) queue.clear();
   shared_->later.clear();
+  shared_->work_when_idle.clear();
   shared_->work.notify_all();
 }
 
@@ -116,11 +133,28 @@ bool StoreLane::takes_unasked() const {
   return shared_->queues[1].size() + shared_->queues[2].size() < kUnaskedQueuedMax;
 }
 
+void StoreLane::when_idle(std::weak_ptr<IdleWork> work) {
+  {
+    const std::lock_guard lock(shared_->mutex);
+    shared_->work_when_idle.push_back(std::move(work));
+  }
+  shared_->work.notify_one();
+}
+
 void StoreLane::run(std::shared_ptr<Shared> shared) {
   std::unique_lock lock(shared->mutex);
   while (!shared->closed) {
     const std::int64_t look_again = shared->queue_what_is_due();
     std::optional<Job> taken = shared->take();
+    if (std::shared_ptr<IdleWork> work = taken ? nullptr : shared->take_work()) {
+      shared->works = true;
+      lock.unlock();
+      work->work_a_piece();
+      work.reset();
+      lock.lock();
+      shared->works = false;
+      continue;
+    }
     if (!taken) {
       ++shared->idle;
       const bool woken =

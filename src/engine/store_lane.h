@@ -27,6 +27,14 @@ struct ReadRetries {
       5};  // before the first of them; each further one is four times as long
 };
 
+// What can be done when nobody waits for a read.
+class IdleWork {
+ public:
+  virtual ~IdleWork() = default;
+  // A piece of it, of a few milliseconds. Called by one thread at a time.
+  virtual void work_a_piece() = 0;
+};
+
 class StoreLane {
  public:
   static constexpr unsigned kThreadsMax = 8;
@@ -50,6 +58,8 @@ class StoreLane {
   // Whether more may be submitted that no fault waits for: so many sessions do not fill the memory with what
   // is not needed now.
   bool takes_unasked() const;
+  // Has one piece of `work`, if that still exists, done by a thread of the lane when it has nothing to read.
+  void when_idle(std::weak_ptr<IdleWork> work);
 
  private:
   struct Shared;

@@ -1,11 +1,18 @@
 #include "kernel/shmem_huge_pages.h"
 
+#include <sys/mman.h>
+
+#include <cstddef>
 #include <filesystem>
 #include <fstream>
 #include <system_error>
 
 namespace uffdkit {
 namespace {
+
+constexpr std::size_t kHugePageBytes = std::size_t{2} << 20;
+// Debian's headers are older than the advice.
+constexpr int kMadvCollapse = 25;
 
 // The word in brackets: "always [never] advise" is "never". Empty if there is none.
 std::string chosen(const std::filesystem::path& setting) {
@@ -27,6 +34,20 @@ bool shmem_huge_pages_on(const std::string& settings) {
     if (!one.empty() && one != "never" && one != "inherit") return true;
   }
   return false;
+}
+
+bool gather_into_huge_page(int file, std::uint64_t offset) {
+  // The kernel gathers what lies at an aligned address.
+  constexpr std::size_t kRoom = 2 * kHugePageBytes;
+  void* const room = ::mmap(nullptr, kRoom, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (room == MAP_FAILED) return false;
+  const auto start = reinterpret_cast<std::uintptr_t>(room);
+  void* const pages = reinterpret_cast<void*>((start + kHugePageBytes - 1) & ~(kHugePageBytes - 1));
+  const bool gathered = ::mmap(pages, kHugePageBytes, PROT_READ, MAP_PRIVATE | MAP_FIXED, file,
+                               static_cast<off_t>(offset)) != MAP_FAILED &&
+                        ::madvise(pages, kHugePageBytes, kMadvCollapse) == 0;
+  ::munmap(room, kRoom);
+  return gathered;
 }
 
 }  // namespace uffdkit

@@ -2,15 +2,25 @@
 
 #include <fcntl.h>
 #include <sys/file.h>
+#include <sys/mman.h>
+#include <uffdkit/abi.h>
+#include <uffdkit/uffd.h>
 #include <unistd.h>
 
+#include <array>
+#include <atomic>
+#include <cerrno>
 #include <fstream>
+#include <system_error>
+
+#include "support/mapping.h"
 
 namespace uffdkit::test {
 namespace {
 
 constexpr std::size_t kSmallest = 8 << 10;
 constexpr std::size_t kLargest = 1 << 20;
+constexpr std::size_t kHugePage = 2 << 20;
 
 std::string setting(TransparentPages::Of memory, std::size_t bytes) {
   return "/sys/kernel/mm/transparent_hugepage/hugepages-" + std::to_string(bytes >> 10) + "kB/" +
@@ -55,6 +65,34 @@ TransparentPages::TransparentPages(Of memory, std::size_t bytes) : path_(setting
 
 TransparentPages::~TransparentPages() {
   if (!before_.empty() && chosen(path_) != before_) std::ofstream(path_) << before_;
+}
+
+std::string lacking_for_huge_file_pages() {
+  if (::access("/sys/kernel/mm/transparent_hugepage/shmem_enabled", F_OK) != 0)
+    return "needs transparent huge pages of memory files";
+  const Mapping memory = Mapping::anonymous(4096);
+  const Result<Pagemap> pagemap = Pagemap::open(0);
+  std::array<ScannedRange, 1> found;
+  if (!pagemap ||
+      !pagemap->scan({.range = memory.range(), .mask = abi::kPageHuge, .report = abi::kPageHuge}, found))
+    return "needs PAGEMAP_SCAN (Linux 6.7)";
+  return "";
+}
+
+bool is_one_huge_page(int file, std::size_t offset) {
+  const Mapping room =
+      Mapping::map(nullptr, 2 * kHugePage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1);
+  const auto start = reinterpret_cast<std::uintptr_t>(room.data());
+  std::byte* const pages = room.data() + (kHugePage - start % kHugePage) % kHugePage;
+  if (::mmap(pages, kHugePage, PROT_READ, MAP_PRIVATE | MAP_FIXED, file, static_cast<off_t>(offset)) ==
+      MAP_FAILED)
+    throw std::system_error(errno, std::generic_category(), "mmap");
+  (void)std::atomic_ref(pages[kHugePage / 2]).load(std::memory_order_relaxed);
+  const AddressRange range{Address(reinterpret_cast<std::uintptr_t>(pages)), ByteCount(kHugePage)};
+  std::array<ScannedRange, 1> found;
+  const Result<ScanResult> result = Pagemap::open(0).value().scan(
+      {.range = range, .mask = abi::kPageHuge, .report = abi::kPageHuge}, found);
+  return result.value().ranges == 1 && found[0].range == range;
 }
 
 }  // namespace uffdkit::test

@@ -1,4 +1,5 @@
-// Transparent huge pages of a size between 4 KiB and 2 MiB (Linux 6.8), for one test at a time.
+// Transparent huge pages: of a size between 4 KiB and 2 MiB (Linux 6.8), for one test at a time, and whether
+// a file is mapped by one of 2 MiB.
 #pragma once
 
 #include <uffdkit/unique_fd.h>
@@ -32,5 +33,12 @@ class TransparentPages {
   std::string before_;
   std::string lacking_;
 };
+
+// What the machine lacks for a memory file to be mapped by huge pages, and for that to be seen; empty if
+// nothing.
+std::string lacking_for_huge_file_pages();
+// Whether a first access to a new private mapping of 2 MiB of `file`, from `offset` on, maps them all at
+// once.
+bool is_one_huge_page(int file, std::size_t offset);
 
 }  // namespace uffdkit::test

@@ -15,10 +15,12 @@
 #include <thread>
 #include <vector>
 
+#include "support/transparent_pages.h"
+
 namespace uffdkit {
 namespace {
 
-constexpr std::uint64_t kPages = 256;
+constexpr std::uint64_t kPages = 1024;
 
 std::byte byte_of(std::uint64_t page) {
   return static_cast<std::byte>(1 + page % 251);
@@ -319,6 +321,19 @@ TEST_F(SharedImageTest, ManyThreadsThatFillAtOnceReadEachPageOnce) {
   EXPECT_EQ(store_->reads, static_cast<int>(kPages / 16));
   EXPECT_EQ(filled(), kPages);
   for (std::uint64_t number = 0; number < kPages; ++number) EXPECT_EQ(page(number), byte_of(number));
+}
+
+TEST_F(SharedImageTest, WhatIsCompleteBecomesAHugePageAndTheRestDoesNot) {
+  if (const std::string lacking = test::lacking_for_huge_file_pages(); !lacking.empty())
+    GTEST_SKIP() << lacking;
+  ASSERT_EQ(fill(512, 512), SharedImage::Fill::done);
+  const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  while (!test::is_one_huge_page(file_.get(), 512 * 4096)) {
+    ASSERT_LT(std::chrono::steady_clock::now(), give_up);
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_FALSE(in_file(0));
+  for (std::uint64_t number = 512; number < kPages; ++number) EXPECT_EQ(page(number), byte_of(number));
 }
 
 }  // namespace
