@@ -22,6 +22,7 @@ void Session::share_all(const std::shared_ptr<SharedImage>& image) {
   for (RegionId id = 0; id < serving_.size(); ++id)
     if (state_.regions()[id].live && state_.regions()[id].sharing != SharingMode::none)
       serving_[id].shared = image;
+  if (sharing() == SharingMode::resolve) image->keep_small_pages();
 }
 
 SharingMode Session::sharing() const {

@@ -79,7 +79,14 @@ Result<std::shared_ptr<SharedImage>> SharedImage::take_up(std::shared_ptr<StoreL
 SharingMode SharedImage::mode_for(bool removed_reads_zero) {
   const std::lock_guard lock(mutex_);
   huge_pages_ = huge_pages_ || shmem_huge_pages_on();
-  return huge_pages_ || removed_reads_zero ? SharingMode::resolve : SharingMode::page_cache;
+  if (!huge_pages_ && !removed_reads_zero) return SharingMode::page_cache;
+  small_pages_ = true;
+  return SharingMode::resolve;
+}
+
+void SharedImage::keep_small_pages() {
+  const std::lock_guard lock(mutex_);
+  small_pages_ = true;
 }
 
 Result<UniqueFd> SharedImage::open_for_client() const {
@@ -281,9 +288,11 @@ void SharedImage::work_a_piece() {
   bool more = false;
   {
     const std::lock_guard lock(mutex_);
+    if (small_pages_) complete_.clear();
+    gathers_ = more = complete_.size() > 1;
+    if (complete_.empty()) return;
     huge = complete_.back();
     complete_.pop_back();
-    gathers_ = more = !complete_.empty();
   }
   // Where it cannot be, the pages stay as they are.
   (void)gather_into_huge_page(file_.get(), offset_of(PageIndex(huge * kPagesPerHuge)).value);

@@ -47,6 +47,10 @@ class SharedImage final : public FetchSink,
   std::uint64_t filled_pages() const { return filled_count_.load(std::memory_order_relaxed); }
   // How a client is to share it, which needs pages that it gave back to read as zero, or does not.
   SharingMode mode_for(bool removed_reads_zero);
+  // A client has it resolved: from now on no pages are gathered into huge ones, since each that is mapped
+  // already would be a minor fault once more. mode_for() sees to it; for clients that were taken up, their
+  // session.
+  void keep_small_pages();
   // A descriptor of the file for a client: open for reading only.
   Result<UniqueFd> open_for_client() const;
 
@@ -118,6 +122,7 @@ class SharedImage final : public FetchSink,
   std::vector<Job> jobs_;
   std::uint64_t last_job_ = 0;
   std::vector<std::uint64_t> complete_;  // huge pages, by number, of which all is there, yet to be gathered
+  bool small_pages_ = false;             // and none are
   bool gathers_ = false;                 // a piece of that is to be worked
   bool huge_pages_ = false;  // were possible when it was made, or at any later time that was looked at
 };

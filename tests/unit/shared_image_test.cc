@@ -11,6 +11,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <semaphore>
 #include <set>
 #include <thread>
 #include <vector>
@@ -92,6 +93,16 @@ class Sink : public FetchSink {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<std::unique_ptr<Fetch>> got_;
+};
+
+// A piece of work to wait for.
+class Once final : public IdleWork {
+ public:
+  void work_a_piece() override { done_.release(); }
+  void wait() { done_.acquire(); }
+
+ private:
+  std::binary_semaphore done_{0};
 };
 
 class SharedImageTest : public testing::Test {
@@ -334,6 +345,18 @@ TEST_F(SharedImageTest, WhatIsCompleteBecomesAHugePageAndTheRestDoesNot) {
   }
   EXPECT_FALSE(in_file(0));
   for (std::uint64_t number = 512; number < kPages; ++number) EXPECT_EQ(page(number), byte_of(number));
+}
+
+TEST_F(SharedImageTest, NothingBecomesAHugePageForClientsThatHaveItResolved) {
+  if (const std::string lacking = test::lacking_for_huge_file_pages(); !lacking.empty())
+    GTEST_SKIP() << lacking;
+  ASSERT_EQ(image_->mode_for(/*removed_reads_zero=*/true), SharingMode::resolve);
+  ASSERT_EQ(fill(512, 512), SharedImage::Fill::done);
+  // The lane has nothing else to do, and comes to this after what it was asked for before.
+  const auto after = std::make_shared<Once>();
+  image_->lane()->when_idle(after);
+  after->wait();
+  EXPECT_FALSE(test::is_one_huge_page(file_.get(), 512 * 4096));
 }
 
 }  // namespace
