@@ -23,7 +23,7 @@ namespace {
 // ---- the bytes of the file: docs/session-state.md ---------------------------------------------------------
 
 constexpr std::array<char, 8> kMagic = {'U', 'F', 'F', 'D', 'S', 'E', 'S', 'S'};
-constexpr std::uint32_t kVersion = 2;
+constexpr std::uint32_t kVersion = 3;
 constexpr std::size_t kImageBytesMax = 255;
 constexpr std::uint32_t kPageShiftMax = 21;
 
@@ -55,19 +55,19 @@ struct FileHeader {
   std::uint32_t image_bytes;
   std::array<char, 256> image;
   std::uint32_t padding;
-  std::array<std::uint64_t, 23> reserved;  // zero
+  std::array<std::uint64_t, 26> reserved;  // zero
 };
 
-constexpr std::uint64_t kRegionsAt = sizeof(FileHeader);
-constexpr std::uint64_t kInboxAt = 61'440;
+// In the header's page, with the first region records: an idle session is to take little memory.
+constexpr std::uint64_t kInboxAt = sizeof(FileHeader);
+constexpr std::uint64_t kRegionsAt = kInboxAt + kInboxMessages * sizeof(abi::Msg);
 constexpr std::uint64_t kLayoutsAt = 65'536;
 constexpr std::uint64_t kLayoutBytes = std::uint64_t{kSegmentsMax} * sizeof(FileSegment);
 constexpr std::uint64_t kTablesAt = kLayoutsAt + 2 * kLayoutBytes;
 
-static_assert(sizeof(FileRegion) == 32 && sizeof(FileSegment) == 32 && sizeof(FileHeader) == 488);
-static_assert(kRegionsAt + kSessionRegionsMax * sizeof(FileRegion) <= kInboxAt);
-static_assert(sizeof(abi::Msg) == 32 && kInboxAt % 4096 == 0);
-static_assert(kInboxAt + kInboxMessages * sizeof(abi::Msg) <= kLayoutsAt);
+static_assert(sizeof(FileRegion) == 32 && sizeof(FileSegment) == 32 && sizeof(FileHeader) == 512);
+static_assert(sizeof(abi::Msg) == 32 && kRegionsAt + sizeof(FileRegion) <= 4096);
+static_assert(kRegionsAt + kSessionRegionsMax * sizeof(FileRegion) <= kLayoutsAt);
 static_assert(kTablesAt % 4096 == 0);
 
 FileHeader& header(const StateMapping& head) {

@@ -27,8 +27,8 @@ constexpr std::uint64_t kProgressAt = 24;
 constexpr std::uint64_t kSegmentCountsAt = 32;
 constexpr std::uint64_t kImageBytesAt = 40;
 constexpr std::uint64_t kImageAt = 44;
-constexpr std::uint64_t kRegionsAt = 488;
-constexpr std::uint64_t kInboxAt = 61'440;
+constexpr std::uint64_t kRegionsAt = 2'560;
+constexpr std::uint64_t kInboxAt = 512;
 constexpr std::uint64_t kLayoutsAt = 65'536;
 constexpr std::uint64_t kLayoutBytes = 33'554'432;
 constexpr std::uint64_t kTablesAt = 67'174'400;
@@ -462,7 +462,7 @@ TEST_F(SessionStateTest, EveryByteIsWhereItsDocumentSays) {
   state_.table(0).set(PageIndex(1), PageState::poisoned);
   const int fd = state_.fd();
   EXPECT_EQ(peek<std::uint64_t>(fd, 0), 0x5353455344464655u);  // "UFFDSESS"
-  EXPECT_EQ(peek<std::uint32_t>(fd, kVersionAt), 2u);
+  EXPECT_EQ(peek<std::uint32_t>(fd, kVersionAt), 3u);
   EXPECT_EQ(peek<std::uint32_t>(fd, kRegionCountAt), 2u);
   EXPECT_EQ(peek<std::uint64_t>(fd, kTablesEndAt), kTablesAt + 2 * 4096);
   EXPECT_EQ(peek<std::uint64_t>(fd, kTablesEndAt), file_bytes(fd));
@@ -470,8 +470,7 @@ TEST_F(SessionStateTest, EveryByteIsWhereItsDocumentSays) {
   EXPECT_EQ(peek<std::uint32_t>(fd, kSegmentCountsAt + 4), 2u);
   EXPECT_EQ(peek<std::uint32_t>(fd, kImageBytesAt), 9u);
   EXPECT_EQ(peek<std::uint64_t>(fd, kImageAt), 0x656d2e7473657567u);  // "guest.me"
-  for (std::uint64_t at = kImageAt + 260; at < kRegionsAt; at += 8)
-    EXPECT_EQ(peek<std::uint64_t>(fd, at), 0u);
+  for (std::uint64_t at = kImageAt + 260; at < kInboxAt; at += 8) EXPECT_EQ(peek<std::uint64_t>(fd, at), 0u);
 
   const std::uint64_t second = kRegionsAt + 32;
   EXPECT_EQ(peek<std::uint64_t>(fd, second), 512u * 4096);
