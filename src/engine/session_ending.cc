@@ -17,7 +17,7 @@ constexpr std::int64_t kEndingMaxNs = 10'000'000'000;
 // How often a client's memory is looked at, whether it is still there: at first, and at most. The pauses
 // double while the client does nothing, so that idle ones cost nothing to speak of.
 constexpr std::int64_t kTargetCheckFirstNs = 1'000'000'000;
-constexpr std::int64_t kTargetCheckMaxNs = 8'000'000'000;
+constexpr std::int64_t kTargetCheckMaxNs = 64'000'000'000;
 // How long a client that was killed is waited for: one that a debugger or a device holds may take for ever.
 constexpr std::int64_t kExitMaxNs = 10'000'000'000;
 // How often its process is looked at. The engine hears of its exit and looks then, unless it has heard
