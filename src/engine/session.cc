@@ -180,6 +180,8 @@ void Session::count_in(SessionCounters* counters) {
   if (detaching_) sooner(populate_not_before_ns_);
   if (prefetching_ != nullptr && !detaching_) {
     sooner(prefetching_->not_before_ns);
+    if (prefetching_->has_something() && prefetching_->rests_until_ns > host_.now_ns())
+      sooner(prefetching_->rests_until_ns);
     const bool waits = prefetching_->background && prefetching_->under_way == 0 && pending_.empty();
     if (waits && prefetching_->background_at_ns > host_.now_ns()) sooner(prefetching_->background_at_ns);
   }

@@ -300,11 +300,18 @@ class Session {
     std::shared_ptr<const PrefetchOrder> order;  // nullptr where nothing was recorded
     std::shared_ptr<StoreLane> lane;             // of that
     std::uint64_t seed = 0;
-    std::size_t next = 0;                        // the first page of the order that was not looked at
-    bool begun = false;                          // something is or was under way
-    unsigned depth = 0;                          // batches that may be under way
-    unsigned under_way = 0;                      // that are
-    unsigned good = 0;                           // that came back since the depth changed
+    std::size_t next = 0;           // the first page of the order that was not looked at
+    bool begun = false;             // something is or was under way
+    unsigned depth = 0;             // batches that may be under way
+    unsigned under_way = 0;         // that are
+    unsigned good = 0;              // that came back since the depth changed
+    std::int64_t last_back_ns = 0;  // when the last of them came back
+    // A rest: depth is 0 until then, or until so many faults were read with nothing else under way.
+    std::int64_t rests_until_ns = 0;
+    unsigned rests_for_faults = 0;
+    unsigned rests = 0;                          // since batches came back in time
+    std::int64_t alone_ns = 0;                   // what the last such fault took
+    bool stopped = false;                        // for good
     std::deque<std::unique_ptr<Fetch>> arrived;  // to be put into place
     bool at_hand = false;                        // the last of these was read by the session itself
     // Of the first of these: the piece that is put, what of it is, and what lies in the buffer before it.
@@ -441,7 +448,10 @@ class Session {
   bool submit(RegionId region, std::vector<FetchPiece> pieces, std::size_t granules, Urgency urgency);
   void prefetched(std::unique_ptr<Fetch> fetch);
   // A fault's read is back that was begun then.
-  void came_late(std::int64_t since_ns);
+  void fault_was_read(std::int64_t since_ns);
+  void rest();
+  // Whether nothing is to be begun for the sake of faults.
+  bool is_resting();
   void stop_prefetching();
   // Puts some of what has arrived into place.
   void install_arrived();

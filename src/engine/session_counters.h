@@ -34,7 +34,7 @@ struct SessionCounters {
   Counter prefetch_missed{0};
   Counter prefetch_left_out{0};
   Counter prefetch_left_out_used{0};
-  Counter prefetch_given_up{0};  // 1: for the sake of faults, or for want of memory
+  Counter prefetch_given_up{0};  // 1: at present, for the sake of faults or for want of memory
 
   // The sum of both, for each of them.
   void set_to_sum(const SessionCounters& one, const SessionCounters& other);

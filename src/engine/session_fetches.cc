@@ -71,7 +71,7 @@ void Session::install(std::unique_ptr<Fetch> read) {
   CHECK(found != fetches_.end());
   const UnderWay fetch = std::move(*found);
   fetches_.erase(found);
-  came_late(fetch.since_ns);
+  fault_was_read(fetch.since_ns);
   for (Pending& pending : pending_) pending.blocked = false;
   if (!read->shared) add(counters_->bytes_read, read->bytes().value);
   add(counters_->read_retries, read->retries);

@@ -38,10 +38,15 @@ constexpr std::int64_t kIdleNs = 50'000'000;
 // Batches that may be under way: at first, and at most.
 constexpr unsigned kDepthFirst = 4;
 constexpr unsigned kDepthMax = 8;
-// A fault that had to wait for the store so long while batches were under way was late: half as many from
-// then on, and at last none. So many batches without one, and there may be one more.
+// A fault that had to wait for the store so long while batches were under way, and twice as long as one that
+// had the store for itself, was late: half as many from then on, and at last a rest. So many batches without
+// one, and there may be one more.
 constexpr std::int64_t kLateNs = 20'000'000;
 constexpr unsigned kGoodBatches = 16;
+// A rest ends when a fault had the store for itself, since that shows what it takes, or when for so long none
+// had to wait for the store. Each rest that follows a rest is twice as long, up to so many times.
+constexpr std::int64_t kRestNs = 1'000'000'000;
+constexpr unsigned kRestDoubledMax = 6;
 // One page in so many of a working set is left out, to see whether it is asked for.
 constexpr std::uint64_t kLeftOutOf = 128;
 // A layout of more segments is not searched for each page.
@@ -51,6 +56,14 @@ constexpr unsigned kPutOffMax = 50;
 
 // When a lane is looked at again that had no room.
 constexpr std::int64_t kLaneFullRetryNs = 5'000'000;
+
+unsigned doublings(unsigned rests) {
+  return std::min(rests - 1, kRestDoubledMax);
+}
+
+std::int64_t rest_ns(unsigned rests) {
+  return kRestNs << doublings(rests);
+}
 
 // A number that has nothing to do with the page's place.
 std::uint64_t mixed(std::uint64_t number) {
@@ -154,6 +167,7 @@ bool Session::prefetch_step() {
 
 bool Session::start_batches() {
   Prefetching& prefetching = *prefetching_;
+  if (is_resting()) return false;
   if (state_.layout().segments().size() > kSegmentsSearchedMax) return stop_prefetching(), false;
   // What is at hand is as soon read when it can be put into place. No thread has to be woken for it, and a
   // worker that does not sleep between is there when a fault comes.
@@ -337,26 +351,63 @@ bool Session::submit(RegionId region, std::vector<FetchPiece> pieces, std::size_
 void Session::prefetched(std::unique_ptr<Fetch> fetch) {
   if (prefetching_ == nullptr) return;
   --prefetching_->under_way;
+  prefetching_->last_back_ns = host_.now_ns();
   add(counters_->bytes_read, fetch->bytes().value);
   prefetching_->arrived.push_back(std::move(fetch));
   if (prefetching_->depth == 0 || ++prefetching_->good < kGoodBatches) return;
   prefetching_->good = 0;
+  prefetching_->rests = 0;
   prefetching_->depth = std::min(prefetching_->depth + 1, kDepthMax);
 }
 
-void Session::came_late(std::int64_t since_ns) {
-  if (prefetching_ == nullptr || prefetching_->under_way == 0 || host_.now_ns() - since_ns < kLateNs) return;
-  prefetching_->good = 0;
-  prefetching_->depth /= 2;
-  if (prefetching_->depth == 0) stop_prefetching();
+void Session::fault_was_read(std::int64_t since_ns) {
+  if (prefetching_ == nullptr) return;
+  Prefetching& prefetching = *prefetching_;
+  const std::int64_t now = host_.now_ns();
+  const std::int64_t took = now - since_ns;
+  if (prefetching.under_way == 0 && prefetching.last_back_ns <= since_ns) {
+    prefetching.alone_ns = took;
+    if (prefetching.rests_for_faults == 0) return;
+    --prefetching.rests_for_faults;
+    prefetching.rests_until_ns = prefetching.rests_for_faults == 0 ? now : now + rest_ns(prefetching.rests);
+    return;
+  }
+  if (prefetching.depth == 0 || took < std::max(kLateNs, 2 * prefetching.alone_ns)) return;
+  prefetching.good = 0;
+  prefetching.depth /= 2;
+  if (prefetching.depth == 0) rest();
+}
+
+void Session::rest() {
+  Prefetching& prefetching = *prefetching_;
+  ++prefetching.rests;
+  prefetching.rests_for_faults = 1u << doublings(prefetching.rests);
+  prefetching.rests_until_ns = host_.now_ns() + rest_ns(prefetching.rests);
+  // The client is past it by then.
+  prefetching.ahead.clear();
+  counters_->prefetch_given_up.store(1, std::memory_order_relaxed);
+}
+
+bool Session::is_resting() {
+  Prefetching& prefetching = *prefetching_;
+  if (prefetching.depth > 0) return false;
+  if (prefetching.stopped || host_.now_ns() < prefetching.rests_until_ns) return true;
+  prefetching.rests_until_ns = 0;
+  prefetching.rests_for_faults = 0;
+  prefetching.depth = 1;
+  counters_->prefetch_given_up.store(0, std::memory_order_relaxed);
+  return false;
 }
 
 void Session::stop_prefetching() {
-  if (prefetching_->has_order()) add(counters_->prefetch_given_up);
-  if (prefetching_->order) prefetching_->next = prefetching_->order->pages().size();
-  prefetching_->ahead.clear();
-  prefetching_->background = false;
-  prefetching_->depth = 0;
+  Prefetching& prefetching = *prefetching_;
+  if (prefetching.has_order()) counters_->prefetch_given_up.store(1, std::memory_order_relaxed);
+  if (prefetching.order) prefetching.next = prefetching.order->pages().size();
+  prefetching.ahead.clear();
+  prefetching.background = false;
+  prefetching.depth = 0;
+  prefetching.rests_until_ns = 0;
+  prefetching.stopped = true;
 }
 
 void Session::install_arrived() {

@@ -27,7 +27,9 @@ void Session::note(const Segment& segment, PageIndex granule) {
 
 void Session::stream_went_on() {
   const std::optional<Streams::Ahead> ahead = streams_ ? streams_->next() : std::nullopt;
-  if (!ahead || prefetching().depth == 0) return;
+  if (!ahead) return;
+  (void)prefetching();
+  if (is_resting()) return;
   prefetching_->ahead.push_back(*ahead);
   if (prefetching_->ahead.size() > kAheadMax) prefetching_->ahead.pop_front();
 }

@@ -120,7 +120,7 @@ void print(const nlohmann::json& status) {
           "session {}: {} pages of the working set brought, {} asked for before, {} that are not in it{}\n",
           number(session, "id"), number(prefetch, "pages"), number(prefetch, "late"),
           number(prefetch, "missed"),
-          prefetch.value("given_up", false) ? "; given up for the sake of faults" : "");
+          prefetch.value("given_up", false) ? "; rests for the sake of faults" : "");
     }
   for (const auto& session : sessions)
     if (session.value("paused", false))

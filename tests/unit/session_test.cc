@@ -1800,28 +1800,84 @@ TEST_F(Prefetch, IsGivenUpWhereThereIsNoMemory) {
   EXPECT_TRUE(present().empty());
 }
 
-TEST_F(Prefetch, IsGivenUpWhenFaultsAreLateAgainAndAgain) {
-  std::vector<std::uint32_t> order;
-  for (std::uint32_t page = 0; page < 1000; ++page) order.push_back(page);
-  prefetch(order);
-  settle();
-  store_->cached = false;
-  for (std::uint64_t page = 1001; page < 1006; ++page) {
+class PrefetchFromASlowStore : public Prefetch {
+ protected:
+  PrefetchFromASlowStore() {
+    std::vector<std::uint32_t> order;
+    for (std::uint32_t page = 0; page < 1000; ++page) order.push_back(page);
+    prefetch(order);
+    settle();
+    store_->cached = false;
+  }
+  // A fault that the store answers after so long; what was under way before it stays so.
+  void late_fault(std::int64_t ns) {
+    const std::uint64_t page = next_page_++;
     kernel_.fault(pages(page));
     settle();
-    host_.now += 100 * kMillisecond;
-    // What was under way before it stays so: the disk is slow.
+    host_.now += ns;
     auto fetch = std::move(host_.fetches.back());
     host_.fetches.pop_back();
     ASSERT_EQ(fetch->urgency, Urgency::demand);
     read_fetch(*fetch);
     session_.fetched(std::move(fetch));
     settle();
-    EXPECT_EQ(at(page), tag_of(page));
+    ASSERT_EQ(at(page), tag_of(page));
   }
-  EXPECT_EQ(counter(counters().prefetch_given_up), 1u);
+  void late_faults_until_it_rests(std::int64_t ns = 100 * kMillisecond) {
+    for (int i = 0; i < 10 && !rests(); ++i) late_fault(ns);
+    ASSERT_TRUE(rests());
+    bring_all();
+  }
+  bool rests() { return counter(counters().prefetch_given_up) == 1; }
+  std::uint64_t brought() { return counter(counters().pages_prefetched); }
+
+ private:
+  std::uint64_t next_page_ = 1001;
+};
+
+TEST_F(PrefetchFromASlowStore, RestsWhenFaultsAreLateAgainAndAgain) {
+  late_faults_until_it_rests();
+  EXPECT_LT(brought(), 600u);
+  host_.now += 900 * kMillisecond;
   bring_all();
-  EXPECT_LT(counter(counters().pages_prefetched), 600u);
+  EXPECT_TRUE(rests());
+  EXPECT_LT(brought(), 600u);
+}
+
+TEST_F(PrefetchFromASlowStore, GoesOnWhenNoFaultHadToWaitForASecond) {
+  late_faults_until_it_rests();
+  const Session::Next next = settle();
+  EXPECT_EQ(next.wake_at_ns, host_.now + 1000 * kMillisecond);
+  host_.now = next.wake_at_ns;
+  bring_all();
+  EXPECT_FALSE(rests());
+  EXPECT_GT(brought(), 980u);  // some are left out
+}
+
+TEST_F(PrefetchFromASlowStore, GoesOnWhenAFaultHadTheStoreForItself) {
+  late_faults_until_it_rests();
+  late_fault(1 * kMillisecond);
+  bring_all();
+  EXPECT_FALSE(rests());
+  EXPECT_GT(brought(), 980u);  // some are left out
+}
+
+TEST_F(PrefetchFromASlowStore, AFaultThatTakesNoLongerThanAloneIsNotLate) {
+  late_faults_until_it_rests();
+  late_fault(80 * kMillisecond);
+  EXPECT_FALSE(rests());
+  for (int i = 0; i < 5; ++i) late_fault(100 * kMillisecond);
+  EXPECT_FALSE(rests());
+}
+
+TEST_F(PrefetchFromASlowStore, ASecondRestNeedsTwiceAsManyFaults) {
+  late_faults_until_it_rests();
+  late_fault(1 * kMillisecond);
+  late_faults_until_it_rests();
+  late_fault(1 * kMillisecond);
+  EXPECT_TRUE(rests());
+  late_fault(1 * kMillisecond);
+  EXPECT_FALSE(rests());
 }
 
 TEST_F(Prefetch, AFewPagesAreLeftOutAndLookedFor) {
