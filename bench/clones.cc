@@ -28,9 +28,9 @@ namespace uffdkit::bench {
 namespace {
 
 struct Settings {
-  std::uint64_t mib = 256;
+  std::uint64_t mib = 1024;
   unsigned clones = 50;
-  unsigned percent = 100;
+  unsigned percent = 20;
 };
 
 struct Contender {

@@ -20,12 +20,14 @@ namespace {
 // Every touched page has so many to itself, so that one that is brought as a neighbour is never touched
 // later.
 constexpr std::uint64_t kPagesPerTouch = 32;
-constexpr unsigned kTouchesPerTurn = 50;
+constexpr unsigned kTouchesPerTurn = 50;  // of each thread
+constexpr unsigned kThreadsMax = 4;
 
 struct Settings {
   std::vector<std::string> spin_us = {"0"};
   std::vector<std::string> workers = {"1", "8", "16"};
-  std::string other;
+  std::string other = {};
+  bool one_page_only = false;  // and of the raw loops only the first
 };
 
 struct Contender {
@@ -34,21 +36,39 @@ struct Contender {
   std::unique_ptr<Client> client = {};
   std::vector<double> p50_ns = {};  // of each round
   std::vector<std::uint32_t> all_ns = {};
-  std::uint64_t switches = 0;  // of the server's threads
+  std::uint64_t server_switches = 0;
+  std::uint64_t client_switches = 0;
+
+  void take_turn(const std::vector<std::uint64_t>& pages, unsigned threads) {
+    const std::uint64_t server_before = context_switches(server->pid());
+    const std::uint64_t client_before = client->context_switches();
+    const std::vector<std::uint32_t> ns = client->touch(pages, threads);
+    server_switches += context_switches(server->pid()) - server_before;
+    client_switches += client->context_switches() - client_before;
+    p50_ns.push_back(median(ns));
+    all_ns.insert(all_ns.end(), ns.begin(), ns.end());
+  }
+  void forget() {
+    p50_ns.clear();
+    all_ns.clear();
+    server_switches = client_switches = 0;
+  }
 };
 
 std::vector<Contender> contenders(const Options& options, const Settings& settings,
                                   const std::string& image) {
   std::vector<Contender> all;
   all.push_back({"raw read+pread+COPY", std::make_unique<RawServer>(RAW_READ, image)});
-  all.push_back({"raw read+COPY, nothing read", std::make_unique<RawServer>(RAW_MEMORY, image)});
-  all.push_back({"raw poll+read+pread+COPY", std::make_unique<RawServer>(RAW_POLL, image)});
+  if (!settings.one_page_only) {
+    all.push_back({"raw read+COPY, nothing read", std::make_unique<RawServer>(RAW_MEMORY, image)});
+    all.push_back({"raw poll+read+pread+COPY", std::make_unique<RawServer>(RAW_POLL, image)});
+  }
   const auto add = [&](const std::string& binary, const std::string& name,
                        const std::vector<std::string>& arguments) {
     all.push_back({name, std::make_unique<UffdkitServer>(binary, options.directory, image, arguments)});
   };
   add(options.uffdkit, "uffdkit, one page a fault", {"--fault-around", "1"});
-  add(options.uffdkit, "uffdkit as it comes", {});
+  if (!settings.one_page_only) add(options.uffdkit, "uffdkit as it comes", {});
   for (const std::string& us : settings.spin_us) {
     add(options.uffdkit, fmt::format("uffdkit, one page, spin {} us", us),
         {"--fault-around", "1", "--spin-us", us});
@@ -61,56 +81,103 @@ std::vector<Contender> contenders(const Options& options, const Settings& settin
   return all;
 }
 
-void measure(const Options& options, const Settings& settings, Report& report) {
-  const unsigned rounds = options.rounds_or(60);
-  const std::uint64_t touches = std::uint64_t{rounds} * kTouchesPerTurn;
-  const std::uint64_t pages = (touches + 1) * kPagesPerTouch;  // the first touch is the attaching's
-  const std::string image = options.directory + "/image";
-  write_image(image, pages);
+const std::vector<Column> kColumns = {{"placement", "client and server"},
+                                      {"contender", "who serves"},
+                                      {"p50_us", "p50 us", 1},
+                                      {"p99_us", "p99 us", 1},
+                                      {"p50_ratio", "p50 / raw", 2},
+                                      {"p99_ratio", "p99 / raw", 2},
+                                      {"server_switches", "switches a fault: server's", 2},
+                                      {"switches", "client's too", 2}};
 
+nlohmann::ordered_json row_of(const Placement& placement, const Contender& contender, const Contender& raw) {
+  const auto faults = static_cast<double>(contender.all_ns.size());
+  return {{"placement", placement.name},
+          {"contender", contender.name},
+          {"p50_us", median(contender.all_ns) / 1000},
+          {"p99_us", quantile(contender.all_ns, 0.99) / 1000},
+          {"p50_ratio", median_ratio(contender.p50_ns, raw.p50_ns)},
+          {"p99_ratio", quantile(contender.all_ns, 0.99) / quantile(raw.all_ns, 0.99)},
+          {"server_switches", static_cast<double>(contender.server_switches) / faults},
+          {"switches", static_cast<double>(contender.server_switches + contender.client_switches) / faults}};
+}
+
+void start_clients(std::vector<Contender>& all, const Placement& placement, std::uint64_t pages,
+                   std::size_t touches_max) {
+  for (Contender& contender : all) {
+    contender.client =
+        std::make_unique<Client>(*contender.server, placement.client_cpu, pages * kPageBytes, touches_max);
+    pin(contender.server->pid(), placement.server_cpu);
+  }
+}
+
+// One thread of the client, and all ways to serve it.
+void measure_one(const Options& options, const Settings& settings, const std::string& image,
+                 std::uint64_t pages, unsigned rounds, Report& report) {
+  const std::uint64_t touches = std::uint64_t{rounds} * kTouchesPerTurn;
   report.table("fault_latency",
                fmt::format("One fault at a time, {} of each in turns of {}; image in page cache.", touches,
                            kTouchesPerTurn),
-               {{"placement", "client and server"},
-                {"contender", "who serves"},
-                {"p50_us", "p50 us", 1},
-                {"p99_us", "p99 us", 1},
-                {"p50_ratio", "p50 / raw", 2},
-                {"p99_ratio", "p99 / raw", 2},
-                {"switches", "server's switches a fault", 2}});
+               kColumns);
   Random random(1);
   for (const Placement& placement : placements()) {
     std::vector<Contender> all = contenders(options, settings, image);
-    for (Contender& contender : all) {
-      contender.client =
-          std::make_unique<Client>(*contender.server, placement.client_cpu, pages * kPageBytes, touches);
-      pin(contender.server->pid(), placement.server_cpu);
-    }
+    start_clients(all, placement, pages, kTouchesPerTurn);
     const std::vector<std::uint64_t> order = shuffled(touches, random);
     for (unsigned round = 0; round < rounds; ++round) {
       std::vector<std::uint64_t> turn;
       for (unsigned i = 0; i < kTouchesPerTurn; ++i)
         turn.push_back((order[round * kTouchesPerTurn + i] + 1) * kPagesPerTouch + random() % kPagesPerTouch);
-      for (std::size_t i = 0; i < all.size(); ++i) {
-        Contender& contender = all[(i + round) % all.size()];
-        const std::uint64_t switches_before = context_switches(contender.server->pid());
-        const std::vector<std::uint32_t> ns = contender.client->touch(turn);
-        contender.switches += context_switches(contender.server->pid()) - switches_before;
-        contender.p50_ns.push_back(median(ns));
-        contender.all_ns.insert(contender.all_ns.end(), ns.begin(), ns.end());
-      }
+      for (std::size_t i = 0; i < all.size(); ++i) all[(i + round) % all.size()].take_turn(turn, 1);
     }
-    const Contender& raw = all.front();
-    for (const Contender& contender : all)
-      report.row({{"placement", placement.name},
-                  {"contender", contender.name},
-                  {"p50_us", median(contender.all_ns) / 1000},
-                  {"p99_us", quantile(contender.all_ns, 0.99) / 1000},
-                  {"p50_ratio", median_ratio(contender.p50_ns, raw.p50_ns)},
-                  {"p99_ratio", quantile(contender.all_ns, 0.99) / quantile(raw.all_ns, 0.99)},
-                  {"switches", static_cast<double>(contender.switches) / static_cast<double>(touches)}});
+    for (const Contender& contender : all) report.row(row_of(placement, contender, all.front()));
   }
   report.note("p50 / raw is the median over rounds of the ratio of the two medians of the round.");
+}
+
+// Several threads, which fault at once.
+void measure_threads(const Options& options, const std::string& image, std::uint64_t pages, unsigned rounds,
+                     Report& report) {
+  report.table("fault_latency_threads",
+               fmt::format("Threads of one client that fault at once, one page a fault, {} of each thread in "
+                           "turns of {}.",
+                           std::uint64_t{rounds} * kTouchesPerTurn, kTouchesPerTurn),
+               [] {
+                 std::vector<Column> columns = kColumns;
+                 columns.insert(columns.begin() + 1, {"threads", "threads", 0});
+                 return columns;
+               }());
+  const Settings settings = {.spin_us = {}, .workers = {"8"}, .one_page_only = true};
+  Random random(2);
+  for (const Placement& placement : placements()) {
+    std::vector<Contender> all = contenders(options, settings, image);
+    start_clients(all, placement, pages, std::size_t{kTouchesPerTurn} * kThreadsMax);
+    const std::vector<std::uint64_t> order = shuffled(pages - 1, random);
+    auto next = order.begin();
+    for (unsigned threads = 1; threads <= kThreadsMax; ++threads) {
+      for (Contender& contender : all) contender.forget();
+      for (unsigned round = 0; round < rounds; ++round) {
+        std::vector<std::uint64_t> turn;
+        while (turn.size() < std::size_t{kTouchesPerTurn} * threads) turn.push_back(*next++ + 1);
+        for (std::size_t i = 0; i < all.size(); ++i) all[(i + round) % all.size()].take_turn(turn, threads);
+      }
+      for (const Contender& contender : all) {
+        nlohmann::ordered_json row = row_of(placement, contender, all.front());
+        row["threads"] = threads;
+        report.row(std::move(row));
+      }
+    }
+  }
+}
+
+void measure(const Options& options, const Settings& settings, Report& report) {
+  const unsigned rounds = options.rounds_or(60);
+  // The first touch is the attaching's.
+  const std::uint64_t pages = (std::uint64_t{rounds} * kTouchesPerTurn + 1) * kPagesPerTouch;
+  const std::string image = options.directory + "/image";
+  write_image(image, pages);
+  measure_one(options, settings, image, pages, rounds, report);
+  measure_threads(options, image, pages, rounds, report);
 }
 
 }  // namespace

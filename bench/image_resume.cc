@@ -1,4 +1,5 @@
-// Is a resume from a compressed image as fast as from a raw one, in page cache and from a cold disk?
+// Is a resume from a compressed image as fast as from a raw one, in page cache and from a cold disk, by
+// faults alone and with a working set?
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include "harness/server.h"
 #include "harness/statistics.h"
 #include "harness/usage.h"
+#include "harness/working_set.h"
 
 namespace uffdkit::bench {
 namespace {
@@ -21,6 +23,7 @@ namespace {
 struct Settings {
   std::uint64_t mib = 1024;
   unsigned percent = 25;
+  std::vector<std::string> create = {};
 };
 
 enum class State : std::uint8_t { decompressed, page_cache, cold };
@@ -43,10 +46,11 @@ struct Taken {
 };
 
 // From handing the memory over until the job is done.
-Taken resume(const Options& options, const std::string& image, State state, std::uint64_t pages,
-             const std::vector<std::uint64_t>& order) {
-  const UffdkitServer server(options.uffdkit, options.directory, image,
-                             {"--image-cache", std::to_string(pages * kPageBytes * 2)});
+Taken resume(const Options& options, const std::string& image, State state, bool working_set,
+             std::uint64_t pages, const std::vector<std::uint64_t>& order) {
+  std::vector<std::string> arguments = {"--image-cache", std::to_string(pages * kPageBytes * 2)};
+  if (!working_set) arguments.emplace_back("--no-prefetch");
+  const UffdkitServer server(options.uffdkit, options.directory, image, arguments);
   const auto job = [&] {
     Client client(server, kAnyCpu, pages * kPageBytes, order.size());
     const std::uint64_t before = cpu_ns(server.pid());
@@ -58,6 +62,12 @@ Taken resume(const Options& options, const std::string& image, State state, std:
   return job();
 }
 
+struct Contender {
+  std::string image;
+  std::vector<double> ns = {};
+  std::vector<double> cpu_ns = {};
+};
+
 void measure(const Options& options, const Settings& settings, Report& report) {
   const std::uint64_t bytes = (options.smoke ? 16 : settings.mib) << 20;
   const std::uint64_t pages = bytes / kPageBytes;
@@ -65,8 +75,12 @@ void measure(const Options& options, const Settings& settings, Report& report) {
   const std::string raw = options.directory + "/raw";
   const std::string compressed = options.directory + "/compressed";
   write_program_image(raw, pages);
-  create_image(options.uffdkit, raw, compressed, {});
+  create_image(options.uffdkit, raw, compressed, settings.create);
   Random random(4);
+  std::vector<std::uint64_t> order = shuffled(pages, random);
+  order.resize(std::max<std::uint64_t>(1, pages * settings.percent / 100));
+  record_working_set(options, raw, bytes, order);
+  record_working_set(options, compressed, bytes, order);
 
   report.table(
       "image_resume",
@@ -74,38 +88,31 @@ void measure(const Options& options, const Settings& settings, Report& report) {
                   "the image is {:.2f} times as small as the memory.",
                   settings.percent, bytes >> 20, rounds,
                   static_cast<double>(bytes) / static_cast<double>(std::filesystem::file_size(compressed))),
-      {{"state", "before"},
+      {{"way", "how"},
+       {"state", "before"},
        {"raw_seconds", "raw s", 3},
        {"compressed_seconds", "compressed s", 3},
        {"raw_cpu_seconds", "raw: manager's CPU s", 3},
        {"compressed_cpu_seconds", "compressed: manager's CPU s", 3},
        {"speed", "compressed: speed / raw", 2}});
-  for (const State state : {State::decompressed, State::page_cache, State::cold}) {
-    std::vector<double> raw_ns;
-    std::vector<double> compressed_ns;
-    std::vector<double> raw_cpu_ns;
-    std::vector<double> compressed_cpu_ns;
-    for (unsigned round = 0; round < rounds; ++round) {
-      std::vector<std::uint64_t> order = shuffled(pages, random);
-      order.resize(std::max<std::uint64_t>(1, pages * settings.percent / 100));
-      const auto run_raw = [&] {
-        const Taken taken = resume(options, raw, state, pages, order);
-        raw_ns.push_back(taken.ns);
-        raw_cpu_ns.push_back(taken.cpu_ns);
-      };
-      if (round % 2 == 0) run_raw();
-      const Taken taken = resume(options, compressed, state, pages, order);
-      compressed_ns.push_back(taken.ns);
-      compressed_cpu_ns.push_back(taken.cpu_ns);
-      if (round % 2 == 1) run_raw();
+  for (const bool working_set : {false, true})
+    for (const State state : {State::decompressed, State::page_cache, State::cold}) {
+      Contender all[] = {{raw}, {compressed}};
+      for (unsigned round = 0; round < rounds; ++round)
+        for (unsigned i = 0; i < 2; ++i) {
+          Contender& contender = all[(i + round) % 2];
+          const Taken taken = resume(options, contender.image, state, working_set, pages, order);
+          contender.ns.push_back(taken.ns);
+          contender.cpu_ns.push_back(taken.cpu_ns);
+        }
+      report.row({{"way", working_set ? "working set" : "faults alone"},
+                  {"state", name_of(state)},
+                  {"raw_seconds", median(all[0].ns) / 1e9},
+                  {"compressed_seconds", median(all[1].ns) / 1e9},
+                  {"raw_cpu_seconds", median(all[0].cpu_ns) / 1e9},
+                  {"compressed_cpu_seconds", median(all[1].cpu_ns) / 1e9},
+                  {"speed", median_ratio(all[0].ns, all[1].ns)}});
     }
-    report.row({{"state", name_of(state)},
-                {"raw_seconds", median(raw_ns) / 1e9},
-                {"compressed_seconds", median(compressed_ns) / 1e9},
-                {"raw_cpu_seconds", median(raw_cpu_ns) / 1e9},
-                {"compressed_cpu_seconds", median(compressed_cpu_ns) / 1e9},
-                {"speed", median_ratio(raw_ns, compressed_ns)}});
-  }
 }
 
 }  // namespace
@@ -123,6 +130,7 @@ int main(int argc, char** argv) {
         app.add_option("--percent", settings.percent, "How much of it the job touches")
             ->check(CLI::Range(1, 100))
             ->capture_default_str();
+        app.add_option("--create", settings.create, "Options of uffdkit image create");
       },
       [&](const Options& options, Report& report) { measure(options, settings, report); });
 }

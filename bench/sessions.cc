@@ -1,6 +1,8 @@
 // What do idle sessions cost: a busy one beside them, and the manager?
 #include <fmt/format.h>
+#include <sys/resource.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <string>
@@ -20,6 +22,21 @@ namespace {
 
 constexpr unsigned kTouchesPerTurn = 50;
 constexpr std::uint64_t kIdleBytes = 256u << 20;
+constexpr unsigned kIdleSmokeMax = 100;
+// What a manager counts for each, and for all else.
+constexpr rlim_t kDescriptorsPerSession = 4;
+constexpr rlim_t kDescriptorsBeside = 100;
+
+// So many idle sessions may a manager have here.
+unsigned idle_sessions_max() {
+  rlimit limit;
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_max <= kDescriptorsBeside) return 0;
+  return static_cast<unsigned>(
+      std::min<rlim_t>((limit.rlim_max - kDescriptorsBeside) / kDescriptorsPerSession, 1'000'000));
+}
+
+constexpr std::chrono::milliseconds kIdleBefore{20'000};
+constexpr std::chrono::milliseconds kIdleTime{15'000};
 
 struct Contender {
   unsigned idle_sessions;
@@ -42,7 +59,9 @@ void measure(const Options& options, const std::vector<unsigned>& idle_sessions,
   write_image(image, pages);
 
   std::vector<Contender> all;
-  for (const unsigned count : idle_sessions) {
+  for (const unsigned wanted : idle_sessions) {
+    if (options.smoke && wanted > kIdleSmokeMax) continue;
+    const unsigned count = std::min(wanted, idle_sessions_max());
     all.push_back({count, std::make_unique<UffdkitServer>(options.uffdkit, options.directory, image,
                                                           std::vector<std::string>{"--fault-around", "1"})});
     Contender& contender = all.back();
@@ -54,19 +73,26 @@ void measure(const Options& options, const std::vector<unsigned>& idle_sessions,
     contender.state_bytes = static_cast<double>(after.state_bytes - before.state_bytes);
     contender.other_bytes =
         static_cast<double>(after.private_bytes) - static_cast<double>(before.private_bytes);
-    constexpr std::chrono::milliseconds kIdleTime{500};
-    const std::uint64_t used = cpu_ns(manager);
-    std::this_thread::sleep_for(kIdleTime);
-    contender.idle_cpu = static_cast<double>(cpu_ns(manager) - used) / 1e9 * 1000 / kIdleTime.count();
     pin(manager, placement.server_cpu);
     contender.busy =
         std::make_unique<Client>(*contender.server, placement.client_cpu, pages * kPageBytes, touches);
   }
+  // Clients that do nothing are looked at less and less often.
+  std::this_thread::sleep_for(options.smoke ? std::chrono::milliseconds(100) : kIdleBefore);
+  for (Contender& contender : all) contender.idle_cpu = -static_cast<double>(cpu_ns(contender.server->pid()));
+  std::this_thread::sleep_for(options.smoke ? std::chrono::milliseconds(100) : kIdleTime);
+  for (Contender& contender : all) {
+    contender.idle_cpu += static_cast<double>(cpu_ns(contender.server->pid()));
+    contender.idle_cpu /= std::chrono::duration<double, std::nano>(kIdleTime).count();
+  }
   Random random(4);
+  // Apart from each other, so that nothing looks like a stream.
+  const std::uint64_t stride = pages / (touches + 1);
   const std::vector<std::uint64_t> order = shuffled(touches, random);
   for (unsigned round = 0; round < rounds; ++round) {
     std::vector<std::uint64_t> turn;
-    for (unsigned i = 0; i < kTouchesPerTurn; ++i) turn.push_back(order[round * kTouchesPerTurn + i] + 1);
+    for (unsigned i = 0; i < kTouchesPerTurn; ++i)
+      turn.push_back((order[round * kTouchesPerTurn + i] + 1) * stride);
     for (std::size_t i = 0; i < all.size(); ++i) {
       Contender& contender = all[(i + round) % all.size()];
       const std::vector<std::uint32_t> ns = contender.busy->touch(turn);
@@ -100,6 +126,9 @@ void measure(const Options& options, const std::vector<unsigned>& idle_sessions,
     report.row(std::move(row));
   }
   report.note("Memory in the kernel (descriptors, inodes, epoll entries) is not counted.");
+  if (all.back().idle_sessions < idle_sessions.back())
+    report.note(
+        fmt::format("The limit on open files does not let the manager have {}.", idle_sessions.back()));
 }
 
 }  // namespace
@@ -107,7 +136,7 @@ void measure(const Options& options, const std::vector<unsigned>& idle_sessions,
 
 int main(int argc, char** argv) {
   using namespace uffdkit::bench;
-  std::vector<unsigned> idle_sessions = {0, 100, 1000};
+  std::vector<unsigned> idle_sessions = {0, 1, 100, 1000, 5000};
   return run_bench(
       argc, argv, "What do idle sessions cost?",
       [&](CLI::App& app) {

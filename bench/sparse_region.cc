@@ -35,7 +35,7 @@ std::string size_text(std::uint64_t bytes) {
   return bytes >> 40 != 0 ? fmt::format("{} TiB", bytes >> 40) : fmt::format("{} GiB", bytes >> 30);
 }
 
-void measure(const Options& options, std::uint64_t gib, Report& report) {
+void measure(const Options& options, const std::vector<std::uint64_t>& gib, Report& report) {
   const unsigned rounds = options.rounds_or(40);
   const std::uint64_t touches = std::uint64_t{rounds} * kTouchesPerTurn;
   const Placement placement = same_cpu();
@@ -47,9 +47,11 @@ void measure(const Options& options, std::uint64_t gib, Report& report) {
     bool scattered;  // over the whole region; or as close together as in the first shape
     std::vector<std::uint64_t> order = {};
   };
-  std::vector<Shape> shapes = {{"1 GiB", 1ull << 30, true},
-                               {size_text(gib << 30) + ", a part of it", gib << 30, false},
-                               {size_text(gib << 30) + ", all over", gib << 30, true}};
+  std::vector<Shape> shapes = {{"1 GiB", 1ull << 30, true}};
+  for (const std::uint64_t size : gib) {
+    shapes.push_back({size_text(size << 30) + ", a part of it", size << 30, false});
+    shapes.push_back({size_text(size << 30) + ", all over", size << 30, true});
+  }
   std::vector<Contender> all;
   for (Shape& shape : shapes) {
     // Different pages, none of them the first, which attaching touches.
@@ -133,11 +135,11 @@ void measure(const Options& options, std::uint64_t gib, Report& report) {
 
 int main(int argc, char** argv) {
   using namespace uffdkit::bench;
-  std::uint64_t gib = 1024;
+  std::vector<std::uint64_t> gib = {64, 1024};
   return run_bench(
       argc, argv, "Does a terabyte cost more than a gigabyte?",
       [&](CLI::App& app) {
-        app.add_option("--gib", gib, "Size of the large region in GiB")
+        app.add_option("--gib", gib, "Sizes of the large regions in GiB")
             ->check(CLI::Range(1, 16 * 1024 - 1))
             ->capture_default_str();
       },

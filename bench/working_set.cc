@@ -24,6 +24,7 @@
 #include "harness/placement.h"
 #include "harness/server.h"
 #include "harness/statistics.h"
+#include "harness/working_set.h"
 
 namespace uffdkit::bench {
 namespace {
@@ -97,21 +98,6 @@ double serve(const Options& options, const std::string& image, const Strings& ar
   return static_cast<double>(ns);
 }
 
-// Leaves a working set of these pages beside the image.
-void record(const Options& options, const std::string& image, std::uint64_t bytes, const Pages& order) {
-  const std::string set = image + ".ws";
-  std::filesystem::remove(set);
-  const UffdkitServer server(options.uffdkit, options.directory, image, {"--record"});
-  {
-    Client client(server, kAnyCpu, bytes, order.size());
-    client.touch_all(order, 1);
-  }
-  for (int tries = 0; !std::filesystem::exists(set); ++tries) {
-    if (tries == 1000) throw std::runtime_error("nothing was recorded in " + set);
-    std::this_thread::sleep_for(std::chrono::milliseconds(10));
-  }
-}
-
 // ---- the questions ----------------------------------------------------------------------------------------
 
 struct Way {
@@ -126,8 +112,8 @@ void measure_job(const Options& options, const std::string& raw, const std::stri
   Random random(7);
   Pages order = shuffled(bytes / kPageBytes, random);
   order.resize(std::max<std::size_t>(1, order.size() * settings.percent / 100));
-  record(options, raw, bytes, order);
-  record(options, compressed, bytes, order);
+  record_working_set(options, raw, bytes, order);
+  record_working_set(options, compressed, bytes, order);
   const auto served = [&](const std::string& image, const Strings& arguments) {
     return [&options, &order, image, arguments, bytes] {
       return serve(options, image, arguments, bytes, order);
@@ -178,7 +164,8 @@ void measure_faults(const Options& options, const std::string& raw, std::uint64_
   const Pages order = shuffled(bytes / kPageBytes, random);
   const std::size_t in_set = std::max<std::size_t>(1, order.size() * settings.percent / 100);
   const std::size_t touched = std::max<std::size_t>(1, order.size() / 200);
-  record(options, raw, bytes, Pages(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(in_set)));
+  record_working_set(options, raw, bytes,
+                     Pages(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(in_set)));
   const Pages others(order.end() - static_cast<std::ptrdiff_t>(touched), order.end());
   report.table("working_set_faults",
                fmt::format("{} faults one after another for pages that are not in a working set of {} MiB, "

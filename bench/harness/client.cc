@@ -11,6 +11,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <exception>
+#include <functional>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
@@ -30,7 +31,7 @@ struct Client::Shared {
 
 namespace {
 
-enum Command : std::uint64_t { kTouch, kTouchAll, kResident };
+enum Command : std::uint64_t { kTouch, kTouchAll, kSwitches, kResident };
 
 template <class T>
 T* shared_array(std::size_t count) {
@@ -78,15 +79,15 @@ class Served {
   UniqueFd connection_;
 };
 
-std::uint64_t touch_by_threads(const Served& served, std::span<const std::uint64_t> pages, unsigned threads) {
+// Nanoseconds that all of it took. `touch` is given an index of `pages`.
+std::uint64_t touch_by_threads(std::size_t pages, unsigned threads,
+                               const std::function<void(std::size_t)>& touch) {
   std::barrier start(static_cast<std::ptrdiff_t>(threads) + 1);
   std::vector<std::jthread> touchers;
   for (unsigned i = 0; i < threads; ++i) {
-    const std::size_t first = pages.size() * i / threads;
-    const auto part = pages.subspan(first, pages.size() * (i + 1) / threads - first);
-    touchers.emplace_back([&, part] {
+    touchers.emplace_back([&, first = pages * i / threads, end = pages * (i + 1) / threads] {
       start.arrive_and_wait();
-      for (const std::uint64_t page : part) served.touch(page);
+      for (std::size_t page = first; page < end; ++page) touch(page);
     });
   }
   start.arrive_and_wait();
@@ -122,23 +123,31 @@ Client::Client(const Server& server, int cpu, std::uint64_t bytes, std::size_t t
     }
     parent.send(0);
     const Served& served = memories.front();
+    const auto touch = [&](std::size_t i) {
+      const std::int64_t start = monotonic_ns();
+      served.touch(shared_->pages[i]);
+      shared_->ns[i] = static_cast<std::uint32_t>(monotonic_ns() - start);
+    };
+    const auto touch_untimed = [&](std::size_t i) { served.touch(shared_->pages[i]); };
     for (;;) {
       const std::uint64_t command = parent.receive();
-      const std::uint64_t argument = parent.receive();
+      const auto threads = static_cast<unsigned>(parent.receive());
+      const std::size_t pages = parent.receive();
       switch (command) {
         case kTouch:
-          for (std::uint64_t i = 0; i < argument; ++i) {
-            const std::uint64_t page = shared_->pages[i];
-            const std::int64_t start = monotonic_ns();
-            served.touch(page);
-            shared_->ns[i] = static_cast<std::uint32_t>(monotonic_ns() - start);
-          }
+          if (threads > 1) touch_by_threads(pages, threads, touch);
+          for (std::size_t i = 0; threads == 1 && i < pages; ++i) touch(i);
           parent.send(0);
           break;
         case kTouchAll:
-          parent.send(
-              touch_by_threads(served, {shared_->pages, parent.receive()}, static_cast<unsigned>(argument)));
+          parent.send(touch_by_threads(pages, threads, touch_untimed));
           break;
+        case kSwitches: {
+          rusage use;
+          ::getrusage(RUSAGE_SELF, &use);
+          parent.send(static_cast<std::uint64_t>(use.ru_nvcsw + use.ru_nivcsw));
+          break;
+        }
         default:
           parent.send(served.resident_pages());
       }
@@ -168,26 +177,30 @@ void Client::put(std::span<const std::uint64_t> pages) {
   std::copy(pages.begin(), pages.end(), shared_->pages);
 }
 
-std::vector<std::uint32_t> Client::touch(std::span<const std::uint64_t> pages) {
+std::uint64_t Client::ask(std::uint64_t command, std::size_t pages, unsigned threads) {
+  child_->channel().send(command);
+  child_->channel().send(threads);
+  child_->channel().send(pages);
+  return child_->channel().receive();
+}
+
+std::vector<std::uint32_t> Client::touch(std::span<const std::uint64_t> pages, unsigned threads) {
   put(pages);
-  child_->channel().send(kTouch);
-  child_->channel().send(pages.size());
-  (void)child_->channel().receive();
+  (void)ask(kTouch, pages.size(), threads);
   return {shared_->ns, shared_->ns + pages.size()};
 }
 
 std::uint64_t Client::touch_all(std::span<const std::uint64_t> pages, unsigned threads) {
   put(pages);
-  child_->channel().send(kTouchAll);
-  child_->channel().send(threads);
-  child_->channel().send(pages.size());
-  return child_->channel().receive();
+  return ask(kTouchAll, pages.size(), threads);
+}
+
+std::uint64_t Client::context_switches() {
+  return ask(kSwitches, 0, 0);
 }
 
 std::uint64_t Client::resident_pages() {
-  child_->channel().send(kResident);
-  child_->channel().send(0);
-  return child_->channel().receive();
+  return ask(kResident, 0, 0);
 }
 
 }  // namespace uffdkit::bench

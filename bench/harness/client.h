@@ -20,13 +20,15 @@ class Client {
   Client(const Server& server, int cpu, std::uint64_t bytes, std::size_t touches_max, unsigned sessions = 1);
   ~Client();
 
-  // Reads one word of each of these pages, one after another; nanoseconds that each took. A page that does
-  // not hold its stamp ends the bench.
-  std::vector<std::uint32_t> touch(std::span<const std::uint64_t> pages);
-  // The same by several threads at once, each an equal part; nanoseconds that all of it took.
+  // Reads one word of each of these pages, one after another, by so many threads at once, each an equal part;
+  // nanoseconds that each took. A page that does not hold its stamp ends the bench.
+  std::vector<std::uint32_t> touch(std::span<const std::uint64_t> pages, unsigned threads = 1);
+  // The same; nanoseconds that all of it took.
   std::uint64_t touch_all(std::span<const std::uint64_t> pages, unsigned threads);
   // Nanoseconds from before the handing over until the first page could be read.
   std::uint64_t attach_ns() const { return attach_ns_; }
+  // How often its threads have given up a CPU or have been taken off it, those that have ended too.
+  std::uint64_t context_switches();
   // Pages of the memory that are there.
   std::uint64_t resident_pages();
   pid_t pid() const { return child_->pid(); }
@@ -34,6 +36,7 @@ class Client {
  private:
   struct Shared;
   void put(std::span<const std::uint64_t> pages);
+  std::uint64_t ask(std::uint64_t command, std::size_t pages, unsigned threads);
 
   std::size_t touches_max_;
   Shared* shared_;
