@@ -27,8 +27,8 @@ struct FrameCache::Frame {
   const Key key;
   const std::size_t size;
   State state = State::loading;
-  std::unique_ptr<std::byte[]> bytes;  // written by who loads it, before it is ready
-  std::optional<Error> error;          // of a failed one
+  FrameMemory::Bytes bytes;    // written by who loads it, before it is ready
+  std::optional<Error> error;  // of a failed one
 };
 
 struct FrameCache::Shard {
@@ -71,7 +71,8 @@ FrameCache::FrameCache(ByteCount bytes_max)
         for (auto& shard : shards) shard = std::make_unique<Shard>();
         return shards;
       }()),
-      shard_bytes_max_(bytes_max.value / shards_.size()) {}
+      shard_bytes_max_(bytes_max.value / shards_.size()),
+      memory_(std::make_shared<FrameMemory>(bytes_max)) {}
 
 FrameCache::~FrameCache() = default;
 
@@ -110,7 +111,8 @@ Result<FrameCache::FrameRef> FrameCache::get(FrameSource& source, std::size_t fr
   shard.bytes += bytes;
   lock.unlock();
 
-  entry->bytes = std::make_unique_for_overwrite<std::byte[]>(bytes);
+  // Whoever may not wait has a fault to answer, and clearing a huge page would keep it.
+  entry->bytes = wait == Wait::yes ? memory_->take(bytes) : FrameMemory::of_heap(bytes);
   Result<ReadStatus> decoded = source.decode_frame(frame, {entry->bytes.get(), bytes}, wait);
 
   lock.lock();

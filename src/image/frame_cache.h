@@ -18,6 +18,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "image/frame_memory.h"
+
 namespace uffdkit::image {
 
 inline constexpr ByteCount kCacheBytesDefault{256u << 20};
@@ -78,6 +80,7 @@ class FrameCache {
 
   const std::vector<std::unique_ptr<Shard>> shards_;
   const std::size_t shard_bytes_max_;
+  const std::shared_ptr<FrameMemory> memory_;
 };
 
 }  // namespace uffdkit::image
