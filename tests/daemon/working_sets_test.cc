@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -198,6 +199,29 @@ TEST_F(WorkingSets, NothingIsBroughtWhereTheOptionSaysSo) {
   EXPECT_FALSE(manager.status().at("sessions")[0].contains("prefetch"));
   process.channel().send(1);
   EXPECT_EQ(process.wait(), 0);
+}
+
+TEST_F(WorkingSets, InTheBackgroundAllSessionsGetAllWithinOneBudget) {
+  ManagerProcess manager(directory_, {"--firecracker", socket_ + "=" + image_.path(), "--background", "full",
+                                      "--background-rate", "32M"});
+  const auto touch_nothing = [](const ClientMemory& memory, const Channel& channel) {
+    channel.receive();
+    memory.check_all(1, 1);
+  };
+  Child first = client(image_, whole(image_), socket_, touch_nothing);
+  Child second = client(image_, whole(image_), socket_, touch_nothing);
+  const auto complete = [&] {
+    const nlohmann::json sessions = manager.status().at("sessions");
+    return sessions.size() == 2 && std::ranges::all_of(sessions, [&](const nlohmann::json& session) {
+             // An eighth of the image is holes, which are left out.
+             return session.at("pages_background") >= kPages * 8 / 10;
+           });
+  };
+  EXPECT_TRUE(eventually(complete)) << manager.status().dump(2);
+  for (Child* process : {&first, &second}) {
+    process->channel().send(1);
+    EXPECT_EQ(process->wait(), 0) << manager.log();
+  }
 }
 
 TEST_F(WorkingSets, OneOfAnotherImageIsNotUsedAndIsReplacedByARecording) {

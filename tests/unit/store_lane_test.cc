@@ -24,6 +24,15 @@ class Gate final : public Store {
     open_ = true;
     changed_.notify_all();
   }
+  // One reader goes, and another comes: which page it reads.
+  std::uint64_t let_one_go() {
+    std::unique_lock lock(mutex_);
+    const std::size_t before = entered_.size();
+    ++may_go_;
+    changed_.notify_all();
+    changed_.wait(lock, [&] { return entered_.size() > before; });
+    return entered_.back().value / 4096;
+  }
   int most_inside() {
     const std::lock_guard lock(mutex_);
     return most_inside_;
@@ -34,11 +43,13 @@ class Gate final : public Store {
   Extent extent_at(StoreOffset) const noexcept override {
     return {.zero = false, .end = StoreOffset(1u << 20)};
   }
-  Result<ReadStatus> read(StoreOffset, std::span<std::byte>, Wait) noexcept override {
+  Result<ReadStatus> read(StoreOffset from, std::span<std::byte>, Wait) noexcept override {
     std::unique_lock lock(mutex_);
+    entered_.push_back(from);
     most_inside_ = std::max(most_inside_, ++inside_);
     changed_.notify_all();
-    changed_.wait(lock, [&] { return open_; });
+    changed_.wait(lock, [&] { return open_ || may_go_ > 0; });
+    if (!open_) --may_go_;
     --inside_;
     return ReadStatus::done;
   }
@@ -48,6 +59,8 @@ class Gate final : public Store {
   std::condition_variable changed_;
   int inside_ = 0;
   int most_inside_ = 0;
+  std::vector<StoreOffset> entered_;
+  int may_go_ = 0;
   bool open_ = false;
 };
 
@@ -119,6 +132,47 @@ TEST(StoreLane, GrowsToItsMostThreadsWhileReadersAreStuckAndAnswersAll) {
   const std::vector<std::uint64_t> ids = sink->wait_for(50);
   for (std::uint64_t id = 0; id < 50; ++id) EXPECT_EQ(ids[id], id);
   EXPECT_EQ(gate->most_inside(), static_cast<int>(StoreLane::kThreadsMax));
+}
+
+// Of page number `id`.
+std::unique_ptr<Fetch> fetch_of_page(const std::shared_ptr<Store>& store, std::uint64_t id, Urgency urgency) {
+  auto fetch = fetch_of(store, id);
+  fetch->from = StoreOffset(id * 4096);
+  fetch->urgency = urgency;
+  if (urgency == Urgency::demand) return fetch;
+  fetch->pieces = {{.from = fetch->from, .granules = {PageIndex(0), PageCount(1)}}};
+  return fetch;
+}
+
+TEST(StoreLane, ReadsWhatIsUrgentFirst) {
+  const auto gate = std::make_shared<Gate>();
+  const auto lane = StoreLane::create(gate).value();
+  const auto sink = std::make_shared<Sink>();
+  // All threads are busy with what faults wait for, then one of them is free for what waits here.
+  for (std::uint64_t id = 0; id < StoreLane::kThreadsMax; ++id) lane->submit(fetch_of(gate, id), sink);
+  gate->wait_for_readers(StoreLane::kThreadsMax);
+  lane->submit(fetch_of_page(gate, 102, Urgency::background), sink);
+  lane->submit(fetch_of_page(gate, 101, Urgency::prefetch), sink);
+  lane->submit(fetch_of_page(gate, 100, Urgency::demand), sink);
+  EXPECT_EQ(gate->let_one_go(), 100u);
+  EXPECT_EQ(gate->let_one_go(), 101u);
+  EXPECT_EQ(gate->let_one_go(), 102u);
+  gate->let_go();
+  sink->wait_for(StoreLane::kThreadsMax + 3);
+}
+
+TEST(StoreLane, KeepsThreadsForFaultsWhileOthersAreRead) {
+  const auto gate = std::make_shared<Gate>();
+  const auto lane = StoreLane::create(gate).value();
+  const auto sink = std::make_shared<Sink>();
+  for (std::uint64_t id = 0; id < 2 * StoreLane::kThreadsMax; ++id)
+    lane->submit(fetch_of_page(gate, id, Urgency::prefetch), sink);
+  gate->wait_for_readers(StoreLane::kThreadsMax / 2);
+  EXPECT_EQ(gate->most_inside(), static_cast<int>(StoreLane::kThreadsMax / 2));
+  lane->submit(fetch_of(gate, 100), sink);
+  gate->wait_for_readers(StoreLane::kThreadsMax / 2 + 1);
+  gate->let_go();
+  sink->wait_for(2 * StoreLane::kThreadsMax + 1);
 }
 
 TEST(StoreLane, GoesWithoutWaitingForAReaderThatIsStuck) {
