@@ -542,6 +542,7 @@ class Session {
   bool detaching_ = false;
   bool releasing_ = false;                      // detaching, with zeros for what is missing
   Unreadable unreadable_ = Unreadable::poison;  // while detaching
+  std::uint64_t poison_pages_max_ = 1u << 16;   // at once: see condemn_run()
   bool populate_again_ = false;  // something could not be brought in the pass that is under way
   Address populate_from_{0};
   std::int64_t populate_not_before_ns_ = 0;

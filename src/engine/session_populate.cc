@@ -92,16 +92,32 @@ bool Session::populate() {
 
 bool Session::condemn_run(const Segment& segment, PageIndex first, PageIndex end) {
   const PageRange page = page_of(segment, first);
-  const PageIndex run_end =
-      std::max(state_.table(segment.region).end_of_run(first, end, PageState::poisoned), page.end());
-  const PageRange run{page.first, run_end - page.first};
+  const PageIndex poisoned_end = state_.table(segment.region).end_of_run(first, end, PageState::poisoned);
+  const std::uint64_t granules = std::max((poisoned_end - page.first).value, page.count.value);
+  // Whole pages, at most so many as were in one mapping the last time.
+  const std::uint64_t pages = std::min(granules / page.count.value, poison_pages_max_);
+  const PageRange run{page.first, PageCount(pages * page.count.value)};
   const Outcome outcome = uffd_.poison({segment.address_of(run.first), kPage4K.bytes(run.count)});
   const PageCount poisoned = kPage4K.pages(outcome.done);
   add(counters_->pages_poisoned, poisoned.value);
   switch (outcome.stop) {
     case Stop::complete:
     case Stop::cut_short:
+      poison_pages_max_ = std::min(poison_pages_max_ * 2, kScannedPerRun);
       populate_from_ = segment.address_of(run.first) + outcome.done;
+      return true;
+    case Stop::not_ready:
+      if (pages > 1) {
+        // It crosses from one mapping into the next, or one of the pages is not mapped any more.
+        poison_pages_max_ = pages / 2;
+        return true;
+      }
+      [[fallthrough]];
+    case Stop::present:
+    case Stop::bad_memory:
+    case Stop::poisoned:
+      wake({segment.address_of(run.first), segment.page_size.bytes()});
+      populate_from_ = segment.address_of(run.first) + segment.page_size.bytes();
       return true;
     case Stop::changing:
     case Stop::no_memory:
@@ -110,19 +126,14 @@ bool Session::condemn_run(const Segment& segment, PageIndex first, PageIndex end
     case Stop::gone:
       finish(SessionEnd::gone);
       return false;
-    case Stop::invalid:
-      // A kernel without UFFDIO_POISON.
+    default:
+      // Above all a kernel without UFFDIO_POISON.
       detaching_ = false;
       if (failing_ == Failing::no)
         fail("a page cannot be read, and this kernel cannot poison it");
       else
         host_.warn("this kernel cannot poison pages: threads wait for what is missing until they are killed");
       return false;
-    default:
-      // There already, or not mapped.
-      wake({segment.address_of(run.first), segment.page_size.bytes()});
-      populate_from_ = segment.address_of(run.first) + segment.page_size.bytes();
-      return true;
   }
 }
 

@@ -132,6 +132,8 @@ TEST_F(Ending, MemoryThatAnotherProcessHandedOverHasSigbusAndNoZerosForWhatIsMis
     const UniqueFd nothing(::open("/dev/null", O_RDONLY | O_CLOEXEC));
     require(::dup3(nothing.get(), memory.uffd().fd(), O_CLOEXEC) >= 0, "dup3");
     memory.check(1);
+    // Three mappings.
+    require(::mprotect(memory.bytes(400).data(), 4096, PROT_READ) == 0, "mprotect");
     channel.send(1);
     channel.receive();
     require(jailer.wait() == -SIGKILL, "who handed it over lives");

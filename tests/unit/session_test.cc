@@ -1450,6 +1450,33 @@ TEST_F(SessionTest, MemoryThatOutlivesTheClientThatIsKilledIsPoisoned) {
   EXPECT_EQ(at(40), std::nullopt);
 }
 
+TEST_F(SessionTest, WhatIsPoisonedMayLieInTwoMappings) {
+  kernel_.boundary = pages(300).start.value;
+  kernel_.unmapped = {pages(40).start.value, pages(41).start.value};
+  host_.killable = false;
+  session_.fail("a test");
+  run_out();
+  EXPECT_EQ(session_.end(), SessionEnd::failed);
+  EXPECT_EQ(kernel_.poisoned.size(), 1022u);
+}
+
+TEST_F(SessionTest, APartOfAHugePageIsPoisonedWithTheWholePage) {
+  const AddressRange huge = pages(2048, 1024);
+  const PageSize size = PageSize::from_bytes(2u << 20);
+  ASSERT_TRUE(session_.add_region(huge, StoreOffset(0), size, lane_));
+  kernel_.removed(pages(2048 + 768, 256));
+  kernel_.refuse = [&](const FakeKernel::Call& call) {
+    const bool whole = call.range.length.value % size.bytes().value == 0;
+    return call.request == abi::kIoctlPoison && call.range.overlaps(huge) && !whole ? EINVAL : 0;
+  };
+  settle();
+  host_.killable = false;
+  session_.fail("a test");
+  run_out();
+  EXPECT_EQ(session_.end(), SessionEnd::failed);
+  EXPECT_EQ(kernel_.poisoned.size(), 1024u + 1024u);
+}
+
 // It maps the image's memory privately, so that what was given back is the image's if nobody serves it.
 TEST_F(SessionTest, WhatWasGivenBackOfASharedImageIsPoisonedToo) {
   const std::shared_ptr<SharedImage> image = SharedImage::create(lane_).value();
