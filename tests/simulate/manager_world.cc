@@ -312,6 +312,8 @@ class ManagerWorld {
   void begin_end() {
     if (std::exchange(ending_, true)) return;
     note("the manager is to end");
+    // Whom it cannot complete it kills, and has to wait for that.
+    ends_by_ns_ = threads_.clock_ns() + 2 * kEndNs;
     manager_->stop();
   }
 
@@ -430,7 +432,11 @@ class ManagerWorld {
   void hear_all() {
     hear_operator();
     hear_strangers();
-    for (const auto& client : clients_) hear(*client);
+    for (const auto& client : clients_) {
+      // What the manager kills is the process that has connected.
+      if (client->real && client->process.alive() && client->real->has_ended()) kill(*client);
+      hear(*client);
+    }
   }
 
   void hear(Client& client) {
@@ -902,14 +908,14 @@ class ManagerWorld {
           if (client->speaks != Speaks::nothing) connect(*client);
       const bool moved = turn();
       if (ended_) until_ns = threads_.clock_ns() + kPatienceNs;
-      if (ending_ && !ended_) until_ns = std::max(until_ns, threads_.clock_ns() + kPatienceNs);
+      if (ending_ && !ended_) until_ns = std::max(until_ns, ends_by_ns_);
       go_on();
       if (moved) continue;
       const bool idle = threads_.run_until_idle();
       hear_all();
       const std::string left = unfinished();
       if (left.empty() && !ending_) return;
-      if (threads_.clock_ns() > until_ns) return fail(left);
+      if (threads_.clock_ns() > until_ns) return fail(left.empty() ? "the manager does not end" : left);
       if (turn() || ended_ || !idle) continue;
       if (!threads_.let_time_pass()) return fail(left);
     }
@@ -991,6 +997,7 @@ class ManagerWorld {
   std::unique_ptr<Manager> manager_;
   Thread running_;
   bool ending_ = false;  // it has been told to
+  std::int64_t ends_by_ns_ = 0;
   bool ended_ = false;
   bool ended_well_ = false;
   std::uint64_t next_place_ = kFirstFreePlace;

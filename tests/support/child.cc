@@ -107,6 +107,12 @@ Child::~Child() {
   kill();
 }
 
+bool Child::has_ended() const {
+  siginfo_t info{};
+  return pid_ > 0 && waitid(P_PID, static_cast<id_t>(pid_), &info, WEXITED | WNOHANG | WNOWAIT) == 0 &&
+         info.si_pid == pid_;
+}
+
 int Child::wait() {
   int status = 0;
   if (waitpid(pid_, &status, 0) != pid_) fail("waitpid");

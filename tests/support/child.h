@@ -41,6 +41,8 @@ class Child {
 
   pid_t pid() const { return pid_; }
   const Channel& channel() const { return channel_; }
+  // Whether it has ended, and nobody has waited for that.
+  bool has_ended() const;
   // Waits for its end. Returns its exit code, or minus the signal that ended it.
   int wait();
   // Ends it by SIGKILL and reaps it.
