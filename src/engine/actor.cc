@@ -190,7 +190,7 @@ void Actor::begin_children() {
 }
 
 void Actor::stop() {
-  session_.abandon();
+  session_.stop();
   close_mailbox();
 }
 

@@ -214,8 +214,13 @@ class Session {
   // Tries again to read the pages over which the client was stopped (OnError::pause), and lets it go on. If
   // one cannot be read still, the client is stopped again.
   void resume();
-  // Serves no more, and leaves everything as it is: ends as `abandoned`.
-  void abandon() { finish(SessionEnd::abandoned); }
+  // Serves no more, and leaves everything as it is: ends as `abandoned`. Not after fail(): what is missing is
+  // nobody else's to serve then, and has to be poisoned.
+  void abandon() {
+    if (failing_ == Failing::no) stop();
+  }
+  // The same in any case.
+  void stop() { finish(SessionEnd::abandoned); }
   // Nobody will tell when the client's process ends: its memory is looked at from time to time from now on.
   void watch_target();
   // The process that handed the memory over has exited: ends as `gone` if the memory went with it. Another

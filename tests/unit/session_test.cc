@@ -1509,6 +1509,16 @@ TEST_F(SessionTest, MemoryOfAClientThatDoesNotDieIsPoisonedAfterAWhile) {
   EXPECT_EQ(kernel_.poisoned.size(), 1024u);
 }
 
+TEST_F(SessionTest, OneThatHasFailedIsNotLeftToASuccessor) {
+  session_.fail("a test");
+  session_.abandon();
+  EXPECT_FALSE(session_.end());
+  host_.exited = true;
+  run_out();
+  EXPECT_EQ(session_.end(), SessionEnd::failed);
+  EXPECT_EQ(kernel_.poisoned.size(), 1024u);
+}
+
 TEST_F(SessionTest, AClientWhoseProcessHasExitedBeforeIsPoisoned) {
   host_.exited = true;
   session_.fail("a test");
