@@ -80,6 +80,9 @@ QUESTIONS = [
     *[(f"memory of one's own, {way}: speed", "PROT_NONE, SIGSEGV, mprotect", 1.0, "above",
        only("sigbus", "sigbus", member="speed_mprotect", contender=way, threads=1))
       for way in ("SigbusPager, one page", "SigbusPager as it comes", "Pager as it comes")],
+    ("mappings of memory of one's own, half of it touched: SigbusPager", "PROT_NONE, SIGSEGV, mprotect", 0.01, "below",
+     quotient(*[only("sigbus", "sigbus", member="mappings", contender=way, threads=1)
+                for way in ("SigbusPager as it comes", "PROT_NONE, SIGSEGV, mprotect")])),
 ]
 
 
@@ -101,7 +104,7 @@ def as_markdown(answers):
     lines = [["question", "against", "bar", "measured", "holds"]]
     for answer in answers:
         sign = "≤" if answer["good"] == "below" else "≥"
-        value = "-" if answer["value"] is None else f"{answer['value']:.2f}"
+        value = "-" if answer["value"] is None else f"{answer['value']:.3g}"
         holds = "-" if answer["value"] is None else "yes" if answer["holds"] else "no"
         lines.append([answer["question"], answer["against"], f"{sign} {answer['bar']:g}", value, holds])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -112,7 +115,7 @@ def as_markdown(answers):
 
 # ---- the plots --------------------------------------------------------------------------------------------
 
-WIDTH, LABELS, BAR, GAP, TOP = 900, 400, 14, 6, 40
+WIDTH, LABELS, BAR, GAP, TOP = 1100, 580, 14, 6, 40
 COLOURS = {"good": "#2e7d4f", "bad": "#b3402e", "ours": "#2c5d9b", "other": "#9aa5b1"}
 
 
@@ -120,7 +123,7 @@ def bars(title, entries, logarithmic=False, line_at=None):
     """An SVG with a horizontal bar for each (label, value, colour, text)."""
     largest = max(entry[1] for entry in entries)
     smallest = min(entry[1] for entry in entries)
-    room = WIDTH - LABELS - 80
+    room = WIDTH - LABELS - 140
     if logarithmic:
         low = math.log(min(smallest, line_at or smallest)) - 0.3
         scale = room / (math.log(max(largest, line_at or largest)) - low)
@@ -159,7 +162,7 @@ def plot_of_bars(answers):
         better = answer["bar"] / answer["value"] if answer["good"] == "below" else answer["value"] / answer["bar"]
         against = "" if answer["against"] == "-" else f" / {answer['against']}"
         entries.append((answer["question"] + against, better, "good" if answer["holds"] else "bad",
-                        f"{answer['value']:.2f}"))
+                        f"{answer['value']:.3g}"))
     return entries and bars("Measured against its bar (the dashed line; to its right is better)", entries,
                             logarithmic=True, line_at=1.0)
 
@@ -181,16 +184,16 @@ def plot_of_jobs(results):
     return entries and bars("A job that touches a part of its memory at random, cold disk", entries)
 
 
-def plot_of_touches(results):
-    entries = [(f"{int(row['threads'])} threads, {row['contender']}", row["pages_per_second"],
-                "ours" if row["contender"].startswith("uffdkit") else "other",
-                f"{row['pages_per_second'] / 1000:.0f} thousand")
-               for row in rows(results, "random_touch", "full_touch") if "--spin" not in row["contender"]]
-    return entries and bars("All of 1 GiB touched at random: pages a second", entries)
+def plot_of_own_memory(results):
+    entries = [(f"{'1 thread' if row['threads'] == 1 else str(row['threads']) + ' threads'}, {row['contender']}",
+                row["us_per_page"], "ours" if "Pager" in row["contender"] else "other",
+                f"{row['us_per_page']:.1f} µs, {row['mappings']} mappings")
+               for row in rows(results, "sigbus", "sigbus")]
+    return entries and bars("A page of one's own memory, touched at random; mappings when half was touched", entries)
 
 
 def plots(results):
     """SVG texts by file name; those whose benches have not run are left out."""
     made = {"bars.svg": plot_of_bars(summary(results)), "faults.svg": plot_of_faults(results),
-            "jobs.svg": plot_of_jobs(results), "touches.svg": plot_of_touches(results)}
+            "jobs.svg": plot_of_jobs(results), "own-memory.svg": plot_of_own_memory(results)}
     return {name: text for name, text in made.items() if text}
