@@ -66,9 +66,9 @@ QUESTIONS = [
      last("working_set", "working_set_faults", member="p99_ratio", cache="cold disk")),
     ("50 clones that share: memory of all", "the first clone", 1.15, "below",
      only("clones", "clones", member="together_ratio", contender="uffdkit, shared")),
-    ("the last clone: time", "mmap MAP_PRIVATE of a full memory file", 1.5, "below",
+    ("the last clone: time", "mmap MAP_PRIVATE of the file", 1.5, "below",
      quotient(only("clones", "clones", member="last_ms", contender="uffdkit, shared"),
-              only("clones", "clones", member="last_ms", contender="the same of a full memory file"))),
+              only("clones", "clones", member="last_ms", contender="mmap MAP_PRIVATE of the file"))),
     ("5,000 idle sessions beside a busy one: p50", "the busy one alone", 1.2, "below",
      last("sessions", "sessions", member="p50_ratio")),
     ("manager's memory for each of these, KiB", "-", 16, "below",
@@ -80,7 +80,7 @@ QUESTIONS = [
     *[(f"memory of one's own, {way}: speed", "PROT_NONE, SIGSEGV, mprotect", 1.0, "above",
        only("sigbus", "sigbus", member="speed_mprotect", contender=way, threads=1))
       for way in ("SigbusPager, one page", "SigbusPager as it comes", "Pager as it comes")],
-    ("mappings of memory of one's own, half of it touched: SigbusPager", "PROT_NONE, SIGSEGV, mprotect", 0.01, "below",
+    ("mappings of one's own memory, half touched: SigbusPager", "PROT_NONE, SIGSEGV, mprotect", 0.01, "below",
      quotient(*[only("sigbus", "sigbus", member="mappings", contender=way, threads=1)
                 for way in ("SigbusPager as it comes", "PROT_NONE, SIGSEGV, mprotect")])),
 ]
