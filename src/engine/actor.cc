@@ -331,7 +331,8 @@ bool Actor::client_has_exited() {
 
 bool Actor::signal_client(int number) {
   // Until somebody waits for it, one that has exited takes signals, too.
-  return !client_has_exited() && ::syscall(SYS_pidfd_send_signal, process_->get(), number, nullptr, 0) == 0;
+  if (!process_ || client_has_exited()) return false;
+  return ::syscall(SYS_pidfd_send_signal, process_->get(), number, nullptr, 0) == 0;
 }
 
 }  // namespace uffdkit
