@@ -8,6 +8,7 @@
 #include <thread>
 #include <utility>
 
+#include "base/address_space.h"
 #include "client/channel.h"
 #include "client/session.h"
 #include "wire/attach_request.h"
@@ -67,28 +68,16 @@ struct Mapped {
   std::byte* release() { return static_cast<std::byte*>(std::exchange(start, MAP_FAILED)); }
 };
 
-// Room for `length` bytes, at an address which is `offset` but for a multiple of 2 MiB: the kernel maps huge
-// pages of a file only so.
-void* room_for(ByteCount length, StoreOffset offset) {
-  const std::uint64_t huge = kPage2M.bytes().value;
-  const std::uint64_t bytes = length.value + huge;
-  void* const room = ::mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (room == MAP_FAILED) return room;
-  auto* const start = static_cast<std::byte*>(room);
-  const std::uint64_t before = (offset.value - reinterpret_cast<std::uintptr_t>(start)) % huge;
-  if (before != 0) ::munmap(start, before);
-  ::munmap(start + before + length.value, huge - before);
-  return start + before;
-}
-
 // `memory`: the image's, to be mapped from `offset` on; none: anonymous.
 Result<Mapped> map(ByteCount length, PageSize page_size, const UniqueFd& memory, StoreOffset offset) {
   const bool huge = page_size == kPage2M;
   // Huge pages are reserved now: an error here is better than a page that cannot be had at a fault.
   const int flags =
       MAP_PRIVATE | (memory ? 0 : MAP_ANONYMOUS) | (huge ? MAP_HUGETLB | kHugePage2M : MAP_NORESERVE);
-  // Without room for it the kernel may still find an address.
-  Mapped room(memory ? room_for(length, offset) : MAP_FAILED, length.value);
+  // Where address and offset agree so, the kernel can map huge pages of a file. Without room for it, it may
+  // still find an address.
+  Mapped room(memory ? take_addresses(length.value, kPage2M.bytes().value, offset.value) : MAP_FAILED,
+              length.value);
   const bool has_room = room.start != MAP_FAILED;
   Mapped mapped(::mmap(has_room ? room.start : nullptr, length.value, PROT_READ | PROT_WRITE,
                        flags | (has_room ? MAP_FIXED : 0), memory ? memory.get() : -1,

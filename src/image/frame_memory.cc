@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <bit>
 
+#include "base/address_space.h"
+
 namespace uffdkit::image {
 namespace {
 
@@ -18,16 +20,15 @@ bool is_usual(std::size_t bytes) {
 // A piece that begins at a multiple of its length; nullptr if there is none.
 std::byte* map_piece() {
   constexpr std::size_t kBytes = FrameMemory::kPieceBytes;
-  void* mapped =
-      ::mmap(nullptr, 2 * kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (mapped == MAP_FAILED) return nullptr;
-  auto* const first = static_cast<std::byte*>(mapped);
-  const std::size_t before = -reinterpret_cast<std::uintptr_t>(first) % kBytes;
-  if (before > 0) ::munmap(first, before);
-  ::munmap(first + before + kBytes, kBytes - before);
+  void* const piece = take_addresses(kBytes, kBytes);
+  if (piece == MAP_FAILED) return nullptr;
+  if (::mprotect(piece, kBytes, PROT_READ | PROT_WRITE) != 0) {
+    ::munmap(piece, kBytes);
+    return nullptr;
+  }
   // Without huge pages it is memory like other.
-  (void)::madvise(first + before, kBytes, MADV_HUGEPAGE);
-  return first + before;
+  (void)::madvise(piece, kBytes, MADV_HUGEPAGE);
+  return static_cast<std::byte*>(piece);
 }
 
 std::byte* piece_of(std::byte* memory) {

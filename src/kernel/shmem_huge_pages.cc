@@ -7,6 +7,8 @@
 #include <fstream>
 #include <system_error>
 
+#include "base/address_space.h"
+
 namespace uffdkit {
 namespace {
 
@@ -38,15 +40,12 @@ bool shmem_huge_pages_on(const std::string& settings) {
 
 bool gather_into_huge_page(int file, std::uint64_t offset) {
   // The kernel gathers what lies at an aligned address.
-  constexpr std::size_t kRoom = 2 * kHugePageBytes;
-  void* const room = ::mmap(nullptr, kRoom, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (room == MAP_FAILED) return false;
-  const auto start = reinterpret_cast<std::uintptr_t>(room);
-  void* const pages = reinterpret_cast<void*>((start + kHugePageBytes - 1) & ~(kHugePageBytes - 1));
+  void* const pages = take_addresses(kHugePageBytes, kHugePageBytes);
+  if (pages == MAP_FAILED) return false;
   const bool gathered = ::mmap(pages, kHugePageBytes, PROT_READ, MAP_PRIVATE | MAP_FIXED, file,
                                static_cast<off_t>(offset)) != MAP_FAILED &&
                         ::madvise(pages, kHugePageBytes, kMadvCollapse) == 0;
-  ::munmap(room, kRoom);
+  ::munmap(pages, kHugePageBytes);
   return gathered;
 }
 

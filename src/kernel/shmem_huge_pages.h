@@ -18,9 +18,9 @@ bool shmem_huge_pages_on(const std::string& settings = "/sys/kernel/mm/transpare
 // file with the same alignment gets all of them by one fault. All are there already: a hole would be filled
 // with zeros. Works whatever shmem_enabled says, and on a file sealed against writing. False: the pages are
 // as they were (no huge page to be had, pages in use by a device, a kernel that cannot); nothing is lost by
-// it. Since 6.1. Takes milliseconds; mappings of the pages are taken away meanwhile, and are made
-// again by the next access, which makes no message of a userfaultfd. Threads: any. Source: madvise(2),
-// MADV_COLLAPSE.
+// it. Since 6.1. Takes milliseconds. Who has mapped the pages maps them again by the next access: that makes
+// no message for memory that is registered for missing pages, but one for each page where it is registered
+// for minor faults. Threads: any. Source: madvise(2), MADV_COLLAPSE.
 bool gather_into_huge_page(int file, std::uint64_t offset);
 
 }  // namespace uffdkit

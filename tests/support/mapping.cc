@@ -17,8 +17,9 @@ namespace {
 
 }  // namespace
 
-Mapping Mapping::map(void* where, std::size_t bytes, int protection, int map_flags, int fd) {
-  void* memory = mmap(where, bytes, protection, map_flags, fd, 0);
+Mapping Mapping::map(void* where, std::size_t bytes, int protection, int map_flags, int fd,
+                     std::ptrdiff_t offset) {
+  void* memory = mmap(where, bytes, protection, map_flags, fd, offset);
   if (memory == MAP_FAILED) fail("mmap");
   return Mapping(static_cast<std::byte*>(memory), bytes);
 }

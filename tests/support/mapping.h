@@ -17,7 +17,8 @@ class Mapping {
   // `bytes` of a file from its start; `map_flags` is MAP_SHARED or MAP_PRIVATE and what goes with it.
   static Mapping of_file(int fd, std::size_t bytes, int map_flags);
   // Whatever mmap(2) gives for these; throws std::system_error where it fails.
-  static Mapping map(void* where, std::size_t bytes, int protection, int map_flags, int fd);
+  static Mapping map(void* where, std::size_t bytes, int protection, int map_flags, int fd,
+                     std::ptrdiff_t offset = 0);
 
   Mapping(Mapping&& other) noexcept;
   Mapping& operator=(Mapping&&) = delete;

@@ -8,11 +8,11 @@
 #include <unistd.h>
 
 #include <array>
-#include <atomic>
 #include <cerrno>
 #include <fstream>
 #include <system_error>
 
+#include "base/address_space.h"
 #include "support/mapping.h"
 
 namespace uffdkit::test {
@@ -80,15 +80,12 @@ std::string lacking_for_huge_file_pages() {
 }
 
 bool is_one_huge_page(int file, std::size_t offset) {
-  const Mapping room =
-      Mapping::map(nullptr, 2 * kHugePage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1);
-  const auto start = reinterpret_cast<std::uintptr_t>(room.data());
-  std::byte* const pages = room.data() + (kHugePage - start % kHugePage) % kHugePage;
-  if (::mmap(pages, kHugePage, PROT_READ, MAP_PRIVATE | MAP_FIXED, file, static_cast<off_t>(offset)) ==
-      MAP_FAILED)
-    throw std::system_error(errno, std::generic_category(), "mmap");
-  (void)std::atomic_ref(pages[kHugePage / 2]).load(std::memory_order_relaxed);
-  const AddressRange range{Address(reinterpret_cast<std::uintptr_t>(pages)), ByteCount(kHugePage)};
+  void* const room = take_addresses(kHugePage, kHugePage);
+  if (room == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mmap");
+  const Mapping mapping =
+      Mapping::map(room, kHugePage, PROT_READ, MAP_PRIVATE | MAP_FIXED, file, static_cast<off_t>(offset));
+  (void)mapping.read(kHugePage / 2 / 4096);
+  const AddressRange range = mapping.range();
   std::array<ScannedRange, 1> found;
   const Result<ScanResult> result = Pagemap::open(0).value().scan(
       {.range = range, .mask = abi::kPageHuge, .report = abi::kPageHuge}, found);
