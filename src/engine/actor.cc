@@ -1,11 +1,11 @@
 #include "engine/actor.h"
 
-#include <poll.h>
 #include <signal.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <utility>
+
+#include "base/process.h"
 
 namespace uffdkit {
 namespace {
@@ -324,15 +324,11 @@ void Actor::start_fetch(StoreLane& lane, std::unique_ptr<Fetch> fetch) {
 }
 
 bool Actor::client_has_exited() {
-  if (!process_) return true;
-  pollfd exit{.fd = process_->get(), .events = POLLIN, .revents = 0};
-  return ::poll(&exit, 1, 0) == 1;
+  return !process_ || has_ended(process_->get());
 }
 
 bool Actor::signal_client(int number) {
-  // Until somebody waits for it, one that has exited takes signals, too.
-  if (!process_ || client_has_exited()) return false;
-  return ::syscall(SYS_pidfd_send_signal, process_->get(), number, nullptr, 0) == 0;
+  return process_ && !has_ended(process_->get()) && send_signal(process_->get(), number);
 }
 
 }  // namespace uffdkit

@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "base/clock.h"
+#include "base/process.h"
 #include "base/step.h"
 
 // NOLINTBEGIN(concurrency-mt-unsafe): a keeper has one thread, and so has a worker that it has just made.
@@ -55,21 +56,11 @@ void say(const std::string& text) {
   if (::poll(&entry, 1, 0) == 1) (void)!::write(STDERR_FILENO, line.data(), line.size());
 }
 
-// Whether the process behind a pidfd has ended. One whose descriptor was never installed has not begun.
-bool has_ended(int pidfd) {
-  pollfd entry{.fd = pidfd, .events = POLLIN, .revents = 0};
-  return pidfd < 0 || ::poll(&entry, 1, 0) != 0;
-}
-
 void wait_for_end(int pidfd) {
   while (!has_ended(pidfd)) {
     pollfd entry{.fd = pidfd, .events = POLLIN, .revents = 0};
     (void)::poll(&entry, 1, -1);
   }
-}
-
-void send_signal(int pidfd, int signal) {
-  (void)::syscall(SYS_pidfd_send_signal, pidfd, signal, nullptr, 0);
 }
 
 // The signal that ended a child; 0 if it exited, or if it was another keeper's child.

@@ -4,12 +4,12 @@
 #include <signal.h>
 #include <sys/epoll.h>
 #include <sys/signalfd.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 
+#include "base/process.h"
 #include "manager/keeper.h"
 #include "manager/manager_impl.h"
 
@@ -152,8 +152,7 @@ void Manager::Impl::end_now() {
         fmt::format("session {}: the manager ends before it could be taken up; its client is killed, if "
                     "its process is known",
                     id));
-    if (waits.session.process >= 0)
-      (void)::syscall(SYS_pidfd_send_signal, waits.session.process, SIGKILL, nullptr, 0);
+    if (waits.session.process >= 0) send_signal(waits.session.process, SIGKILL);
   }
 }
 
