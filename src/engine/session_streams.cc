@@ -28,10 +28,10 @@ void Session::note(const Segment& segment, PageIndex granule) {
 void Session::stream_went_on() {
   const std::optional<Streams::Ahead> ahead = streams_ ? streams_->next() : std::nullopt;
   if (!ahead) return;
-  (void)prefetching();
+  std::deque<Streams::Ahead>& waiting = prefetching().ahead;
   if (is_resting()) return;
-  prefetching_->ahead.push_back(*ahead);
-  if (prefetching_->ahead.size() > kAheadMax) prefetching_->ahead.pop_front();
+  waiting.push_back(*ahead);
+  if (waiting.size() > kAheadMax) waiting.pop_front();
 }
 
 bool Session::start_batch_of_stream() {

@@ -273,14 +273,16 @@ void SharedImage::finish(std::uint64_t job, PageRange written, const Fetch* outc
   if (gathers_from_now) lane_->when_idle(weak_from_this());
 }
 
+bool SharedImage::is_complete(std::uint64_t huge) const {
+  const PageRange pages{PageIndex(huge * kPagesPerHuge), PageCount(kPagesPerHuge)};
+  return pages.end().value <= size().value / 4096 && has(pages.first) &&
+         end_of_run(pages.first, pages.end()) == pages.end();
+}
+
 void SharedImage::note_complete(PageRange pages) {
   const std::uint64_t end = (pages.end().value + kPagesPerHuge - 1) / kPagesPerHuge;
-  for (std::uint64_t huge = pages.first.value / kPagesPerHuge; huge < end; ++huge) {
-    const PageIndex first(huge * kPagesPerHuge);
-    const PageIndex last = first + PageCount(kPagesPerHuge);
-    if (last.value <= size().value / 4096 && has(first) && end_of_run(first, last) == last)
-      complete_.push_back(huge);
-  }
+  for (std::uint64_t huge = pages.first.value / kPagesPerHuge; huge < end; ++huge)
+    if (is_complete(huge)) complete_.push_back(huge);
 }
 
 void SharedImage::work_a_piece() {
@@ -294,8 +296,10 @@ void SharedImage::work_a_piece() {
     huge = complete_.back();
     complete_.pop_back();
   }
-  // Where it cannot be, the pages stay as they are.
-  (void)gather_into_huge_page(file_.get(), offset_of(PageIndex(huge * kPagesPerHuge)).value);
+  // A page that look_again() missed meanwhile would become zeros. Where it cannot be gathered, the pages stay
+  // as they are.
+  if (is_complete(huge))
+    (void)gather_into_huge_page(file_.get(), offset_of(PageIndex(huge * kPagesPerHuge)).value);
   if (more) lane_->when_idle(weak_from_this());
 }
 

@@ -108,6 +108,8 @@ class SharedImage final : public FetchSink,
   // `outcome` says what could not be read; nullptr if all was read.
   void finish(std::uint64_t job, PageRange written, const Fetch* outcome);
   void mark_filled(PageRange pages);  // with mutex_ held
+  // A huge page of the file, by number: 2 MiB of it.
+  bool is_complete(std::uint64_t huge) const;
   // Adds those of the huge pages that `pages` lie in of which all is there to `complete_`. With mutex_ held.
   void note_complete(PageRange pages);
 
@@ -121,9 +123,9 @@ class SharedImage final : public FetchSink,
   std::mutex mutex_;  // guards what follows
   std::vector<Job> jobs_;
   std::uint64_t last_job_ = 0;
-  std::vector<std::uint64_t> complete_;  // huge pages, by number, of which all is there, yet to be gathered
-  bool small_pages_ = false;             // and none are
-  bool gathers_ = false;                 // a piece of that is to be worked
+  std::vector<std::uint64_t> complete_;  // huge pages of which all was there, yet to be gathered
+  bool gathers_ = false;                 // the lane has been asked for a piece of that
+  bool small_pages_ = false;             // nothing is to be gathered
   bool huge_pages_ = false;  // were possible when it was made, or at any later time that was looked at
 };
 

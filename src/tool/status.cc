@@ -85,7 +85,7 @@ void print(const nlohmann::json& status) {
   fmt::print("sessions {}, ended {}, clients refused {}\n", sessions.size() + left_out,
              number(status, "sessions_ended"), number(status, "clients_refused"));
   if (const std::uint64_t waiting = number(status, "sessions_not_taken_up"); waiting != 0)
-    fmt::print("{} sessions more cannot be taken up yet, and their clients wait; the log says why\n",
+    fmt::print("{} more sessions cannot be taken up yet, and their clients wait; the log says why\n",
                waiting);
   for (const auto& image : status.at("shared_images"))
     fmt::print("shares {} of {} of {}\n", bytes_text(number(image, "filled_pages") * 4096),
