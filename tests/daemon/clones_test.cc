@@ -302,9 +302,7 @@ TEST_P(Clones, WithASuccessorClonesGoOnWithPrivateCopies) {
 }
 
 TEST_P(Clones, PagesThatCannotBeReadRaiseSigbusInEachCloneAndTheOthersAreServed) {
-  const Result<KernelFeatures> kernel = probe_features();
-  if (kernel && !kernel->available.has(Features(abi::kFeaturePoison)))
-    GTEST_SKIP() << "needs a kernel that can poison pages (6.6)";
+  if (const std::string lacking = poisoning_lacks(); !lacking.empty()) GTEST_SKIP() << lacking;
   ManagerProcess manager(directory_, options());
   Child process = program([&](const Channel&) {
     const RemoteMapping early = clone();

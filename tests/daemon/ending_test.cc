@@ -1,5 +1,4 @@
 // How a manager ends: nobody is left with pages missing.
-#include <fcntl.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -116,8 +115,7 @@ TEST_F(Ending, AClientThatCannotBeCompletedInTimeIsKilledAndTheExitCodeTells) {
 
 // As a jailer does it for the process that it has confined: what is killed is not whose memory it is.
 TEST_F(Ending, MemoryThatAnotherProcessHandedOverHasSigbusAndNoZerosForWhatIsMissing) {
-  if (const auto kernel = probe_features(); kernel && !kernel->available.has(Features(abi::kFeaturePoison)))
-    GTEST_SKIP() << "needs a kernel that can poison pages (6.6)";
+  if (const std::string lacking = poisoning_lacks(); !lacking.empty()) GTEST_SKIP() << lacking;
   ManagerProcess manager(directory_, {"--firecracker", socket_ + "=" + image_.path(), "--drain-seconds", "0",
                                       "--store-fault", "stall,from=1M"});
   Child process = program([&](const Channel& channel) {
@@ -129,8 +127,7 @@ TEST_F(Ending, MemoryThatAnotherProcessHandedOverHasSigbusAndNoZerosForWhatIsMis
     });
     jailer.channel().receive();
     // The manager's is the only one that is left.
-    const UniqueFd nothing(::open("/dev/null", O_RDONLY | O_CLOEXEC));
-    require(::dup3(nothing.get(), memory.uffd().fd(), O_CLOEXEC) >= 0, "dup3");
+    memory.give_up_descriptor();
     memory.check(1);
     // Three mappings.
     require(::mprotect(memory.bytes(400).data(), 4096, PROT_READ) == 0, "mprotect");

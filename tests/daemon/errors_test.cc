@@ -26,9 +26,7 @@ class Errors : public ManagerTest {
   }
   void SetUp() override {
     ManagerTest::SetUp();
-    const Result<KernelFeatures> kernel = probe_features();
-    if (kernel && !kernel->available.has(Features(abi::kFeaturePoison)))
-      GTEST_SKIP() << "needs a kernel that can poison pages (6.6)";
+    if (const std::string lacking = poisoning_lacks(); !lacking.empty()) GTEST_SKIP() << lacking;
   }
 
   const Image image_{directory_ / "image", 256};

@@ -403,9 +403,7 @@ TEST_F(Images, ClientsOfImagesThatShareABaseDecompressItOnce) {
 }
 
 TEST_F(Images, ADamagedFramePoisonsItsPagesAndIsNeverServed) {
-  const Result<KernelFeatures> kernel = probe_features();
-  if (kernel && !kernel->available.has(Features(abi::kFeaturePoison)))
-    GTEST_SKIP() << "needs a kernel that can poison pages (6.6)";
+  if (const std::string lacking = poisoning_lacks(); !lacking.empty()) GTEST_SKIP() << lacking;
   // The first frame lies in the first page of the file, and others behind it: all pages of the first 64 KiB.
   ManagerProcess manager(directory_,
                          serve(image_, {"--store-fault", "corrupt,from=0,to=4K", "--read-retries", "1"}));

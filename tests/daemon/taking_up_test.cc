@@ -180,8 +180,7 @@ class NotTakenUp : public ManagerTest {
     return program([&](const Channel& channel) {
       const ClientMemory memory(image_, whole(image_));
       channel.send_fd(memory.handshake().at(0).at("base_host_virt_addr"), memory.uffd().fd());
-      const UniqueFd nothing(::open("/dev/null", O_RDONLY | O_CLOEXEC));
-      require(::dup3(nothing.get(), memory.uffd().fd(), O_CLOEXEC) >= 0, "dup3");
+      memory.give_up_descriptor();
       channel.receive();
       work(memory, channel);
     });
@@ -251,8 +250,7 @@ TEST_F(NotTakenUp, OneWhoseMemoryHasGoneIsWaitedForNoLonger) {
 }
 
 TEST_F(NotTakenUp, AChildOfAForkHasSigbusAfterAnEndThatDoesNotWait) {
-  if (const auto kernel = probe_features(); kernel && !kernel->available.has(Features(abi::kFeaturePoison)))
-    GTEST_SKIP() << "needs a kernel that can poison pages (6.6)";
+  if (const std::string lacking = poisoning_lacks(); !lacking.empty()) GTEST_SKIP() << lacking;
   Child process = client_without_descriptor([](const ClientMemory& memory, const Channel&) {
     require(raises_sigbus(memory.bytes(100).data()), "page 100 can be read");
   });

@@ -1,5 +1,6 @@
 #include "support/client.h"
 
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -62,6 +63,13 @@ std::string clients_lack() {
   return uffd ? "" : "needs a userfaultfd for kernel faults: " + uffd.error().text();
 }
 
+std::string poisoning_lacks() {
+  const Result<KernelFeatures> kernel = probe_features();
+  return !kernel || kernel->available.has(Features(abi::kFeaturePoison))
+             ? ""
+             : "needs a kernel that can poison pages (6.6)";
+}
+
 ClientMemory::ClientMemory(const Image& image, ClientShape shape)
     : image_(image), shape_(std::move(shape)), uffd_(create_uffd()) {
   for (const ClientShape::Region& region : shape_.regions) {
@@ -90,6 +98,12 @@ UniqueFd ClientMemory::hand_over(const std::string& socket) const {
   const int fd = uffd_.fd();
   send_with_fds(connection.get(), handshake().dump(), {&fd, 1});
   return connection;
+}
+
+void ClientMemory::give_up_descriptor() const {
+  // Its number stays taken, for whoever closes it later.
+  const UniqueFd nothing(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+  require(::dup3(nothing.get(), uffd_.fd(), O_CLOEXEC) >= 0, "dup3");
 }
 
 void ClientMemory::check(std::size_t page) const {

@@ -41,6 +41,8 @@ ClientShape whole(const Image& image);
 // Why no client can be made here ("needs ..."); empty if one can. Clients touch their memory in system calls
 // too.
 std::string clients_lack();
+// Likewise why no page can be poisoned.
+std::string poisoning_lacks();
 
 // The memory of a client in this process, its pages counted through all regions. Calls that find something
 // wrong throw.
@@ -60,6 +62,8 @@ class ClientMemory {
   nlohmann::json handshake() const;
   // Hands the memory over as Firecracker does; returns the connection, which is of no more use.
   UniqueFd hand_over(const std::string& socket) const;
+  // Closes the userfaultfd here: what holds it elsewhere is all that is left.
+  void give_up_descriptor() const;
 
   // Touches this page and compares all of its bytes with the image.
   void check(std::size_t page) const;

@@ -11,11 +11,11 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
-#include <semaphore>
 #include <set>
 #include <thread>
 #include <vector>
 
+#include "support/idle_work.h"
 #include "support/transparent_pages.h"
 
 namespace uffdkit {
@@ -93,16 +93,6 @@ class Sink : public FetchSink {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<std::unique_ptr<Fetch>> got_;
-};
-
-// A piece of work to wait for.
-class Once final : public IdleWork {
- public:
-  void work_a_piece() override { done_.release(); }
-  void wait() { done_.acquire(); }
-
- private:
-  std::binary_semaphore done_{0};
 };
 
 class SharedImageTest : public testing::Test {
@@ -353,7 +343,7 @@ TEST_F(SharedImageTest, NothingBecomesAHugePageForClientsThatHaveItResolved) {
   ASSERT_EQ(image_->mode_for(/*removed_reads_zero=*/true), SharingMode::resolve);
   ASSERT_EQ(fill(512, 512), SharedImage::Fill::done);
   // The lane has nothing else to do, and comes to this after what it was asked for before.
-  const auto after = std::make_shared<Once>();
+  const auto after = std::make_shared<test::CountedWork>();
   image_->lane()->when_idle(after);
   after->wait();
   EXPECT_FALSE(test::is_one_huge_page(file_.get(), 512 * 4096));

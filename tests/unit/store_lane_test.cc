@@ -9,6 +9,8 @@
 #include <mutex>
 #include <vector>
 
+#include "support/idle_work.h"
+
 namespace uffdkit {
 namespace {
 
@@ -88,29 +90,6 @@ class Sink final : public FetchSink {
   std::condition_variable changed_;
   std::vector<std::uint64_t> ids_;
   bool last_failed_ = false;
-};
-
-// Counts its pieces.
-class Pieces final : public IdleWork {
- public:
-  void work_a_piece() override {
-    const std::lock_guard lock(mutex_);
-    ++done_;
-    changed_.notify_all();
-  }
-  void wait_for(int pieces) {
-    std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return done_ >= pieces; });
-  }
-  int done() {
-    const std::lock_guard lock(mutex_);
-    return done_;
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  int done_ = 0;
 };
 
 std::unique_ptr<Fetch> fetch_of(const std::shared_ptr<Store>& store, std::uint64_t id) {
@@ -242,11 +221,11 @@ TEST(StoreLane, ReadsForOthersWhileItWaitsToTryAgain) {
 
 TEST(StoreLane, WorksWhenIdleOncePerCall) {
   const auto lane = StoreLane::create(make_zero_store(ByteCount(4096))).value();
-  const auto pieces = std::make_shared<Pieces>();
+  const auto pieces = std::make_shared<test::CountedWork>();
   lane->when_idle(pieces);
-  pieces->wait_for(1);
+  pieces->wait();
   lane->when_idle(pieces);
-  pieces->wait_for(2);
+  pieces->wait();
   EXPECT_EQ(pieces->done(), 2);
 }
 
@@ -254,22 +233,22 @@ TEST(StoreLane, DoesNoIdleWorkWhileReadsWait) {
   const auto gate = std::make_shared<Gate>();
   const auto lane = StoreLane::create(gate).value();
   const auto sink = std::make_shared<Sink>();
-  const auto pieces = std::make_shared<Pieces>();
+  const auto pieces = std::make_shared<test::CountedWork>();
   for (std::uint64_t id = 0; id < 20; ++id) lane->submit(fetch_of(gate, id), sink);
   gate->wait_for_readers(StoreLane::kThreadsMax);
   lane->when_idle(pieces);
   EXPECT_EQ(pieces->done(), 0);
   gate->let_go();
   sink->wait_for(20);
-  pieces->wait_for(1);
+  pieces->wait();
 }
 
 TEST(StoreLane, LeavesOutIdleWorkThatIsGone) {
   const auto lane = StoreLane::create(make_zero_store(ByteCount(4096))).value();
-  lane->when_idle(std::make_shared<Pieces>());
-  const auto pieces = std::make_shared<Pieces>();
+  lane->when_idle(std::make_shared<test::CountedWork>());
+  const auto pieces = std::make_shared<test::CountedWork>();
   lane->when_idle(pieces);
-  pieces->wait_for(1);
+  pieces->wait();
   EXPECT_EQ(pieces->done(), 1);
 }
 
