@@ -436,6 +436,9 @@ class Session {
   void note_wanted(const Segment& segment, PageIndex granule);
   Pace pace() const;
   bool is_left_out(PageIndex image_page) const;
+  // What of `run` is to come with `wanted`: if that is in the order, its neighbours in the order; of others
+  // it is known that they are not wanted.
+  PageRange expected_of(const Segment& segment, PageRange run, PageIndex wanted) const;
   std::optional<Place> place_of(PageIndex image_page) const;
   bool is_untouched(RegionId region, PageRange granules);
   // True if there is more to do at once.

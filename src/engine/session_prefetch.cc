@@ -134,6 +134,21 @@ void Session::note_wanted(const Segment& segment, PageIndex granule) {
   add(is_left_out(page) ? counters_->prefetch_left_out_used : counters_->prefetch_late);
 }
 
+PageRange Session::expected_of(const Segment& segment, PageRange run, PageIndex wanted) const {
+  const Prefetching& prefetching = *prefetching_;
+  if (!prefetching.order || serving_[segment.region].lane != prefetching.lane ||
+      granules_per_page(segment) > kOneGranule)
+    return run;
+  const PageCount before = kPage4K.pages(ByteCount(offset_of(segment, PageIndex(0)).value));
+  const auto is_expected = [&](PageIndex granule) { return prefetching.order->has(granule + before); };
+  if (!is_expected(wanted)) return run;
+  PageIndex first = wanted;
+  while (first > run.first && is_expected(PageIndex(first.value - 1))) first = PageIndex(first.value - 1);
+  PageIndex end = wanted + kOneGranule;
+  while (end < run.end() && is_expected(end)) end = end + kOneGranule;
+  return {first, end - first};
+}
+
 // The segment that shows a page of the image which nobody has asked for.
 std::optional<Session::Place> Session::place_of(PageIndex image_page) const {
   const std::uint64_t offset = kPage4K.bytes(PageCount(image_page.value)).value;

@@ -9,8 +9,8 @@ using namespace session_fixture;
 class Prefetch : public SessionTest {
  protected:
   explicit Prefetch(Background background = Background::off, std::shared_ptr<IoBudget> budget = nullptr,
-                    bool follow_streams = false)
-      : SessionTest(1, {}, OnError::poison, background, std::move(budget), follow_streams) {}
+                    bool follow_streams = false, unsigned around = 1)
+      : SessionTest(around, {}, OnError::poison, background, std::move(budget), follow_streams) {}
 
   // Begins bringing these pages. Of the seeds there is one that leaves none of them out.
   void prefetch(const std::vector<std::uint32_t>& order, std::uint64_t seed = kSeed) {
@@ -284,6 +284,39 @@ TEST_F(Prefetch, LittleIsUnderWayWhileOtherPagesAreAskedFor) {
   EXPECT_GE(host_.fetches.size(), 2u);
   bring_all();
   EXPECT_GT(present().size(), 880u);
+}
+
+class PrefetchWithNeighbours : public Prefetch {
+ protected:
+  PrefetchWithNeighbours() : Prefetch(Background::off, nullptr, false, 16) {}
+};
+
+TEST_F(PrefetchWithNeighbours, WithAPageOfTheOrderComeThoseNextToItThatAreInItToo) {
+  prefetch({500, 501, 502, 504, 33});
+  kernel_.fault(pages(501));
+  settle();
+  EXPECT_EQ(present(), (std::vector<std::uint64_t>{500, 501, 502}));
+}
+
+TEST_F(PrefetchWithNeighbours, TheSameOfOneThatHasToBeWaitedFor) {
+  store_->cached = false;
+  prefetch({500, 501, 504});
+  settle();
+  host_.fetches.clear();
+  kernel_.fault(pages(501));
+  settle();
+  ASSERT_EQ(host_.fetches.size(), 1u);
+  EXPECT_EQ(host_.fetches.front()->granules.value, 2u);
+  bring_all();
+  EXPECT_EQ(present(), (std::vector<std::uint64_t>{500, 501}));
+}
+
+TEST_F(PrefetchWithNeighbours, WithAnyOtherPageComeAllOfItsNeighbours) {
+  prefetch({500, 501});
+  settle();
+  kernel_.fault(pages(17));
+  settle();
+  EXPECT_EQ(present().size(), 16u);
 }
 
 class PrefetchAtHand : public Prefetch {
