@@ -34,9 +34,15 @@ void read_singly(Fetch& fetch, const std::bitset<kFetchGranulesMax>& pages) {
 // The disk is told of all of them before the first is waited for: it reads many at a time, and in the order
 // that it likes.
 void read_pieces(Fetch& fetch) {
-  if (auto* ahead = dynamic_cast<ReadAhead*>(fetch.store.get()))
-    for (const FetchPiece& piece : fetch.pieces)
+  if (auto* ahead = dynamic_cast<ReadAhead*>(fetch.store.get())) {
+    std::optional<std::uint64_t> told;
+    for (const FetchPiece& piece : fetch.pieces) {
+      const std::uint64_t unit = ahead->unit_at(piece.from);
+      if (piece.granules.count == PageCount(1) && told == unit) continue;
       ahead->will_need(piece.from, kPage4K.bytes(piece.granules.count));
+      told = unit;
+    }
+  }
   std::size_t page = 0;
   for (const FetchPiece& piece : fetch.pieces) {
     if (!piece.read) continue;

@@ -99,15 +99,18 @@ ImageFile::~ImageFile() {
   cache_->forget(*this);
 }
 
+std::size_t ImageFile::frame_at(std::uint64_t from) const {
+  return static_cast<std::size_t>(std::ranges::upper_bound(stream_starts_, from) - stream_starts_.begin() -
+                                  1);
+}
+
 Result<ReadStatus> ImageFile::read_stream(std::uint64_t from, std::span<std::byte> to, Wait wait) noexcept {
   const std::uint64_t left = from < stream_bytes() ? stream_bytes() - from : 0;
   if (to.size() > left) {
     std::memset(to.data() + left, 0, to.size() - left);
     to = to.first(left);
   }
-  auto frame =
-      static_cast<std::size_t>(std::ranges::upper_bound(stream_starts_, from) - stream_starts_.begin() - 1);
-  for (; !to.empty(); ++frame) {
+  for (std::size_t frame = frame_at(from); !to.empty(); ++frame) {
     CHECK(!is_long(frame));
     Result<FrameCache::FrameRef> found = cache_->get(*this, frame, frame_bytes(frame), wait);
     if (!found) return Failure(std::move(found).error());
@@ -124,9 +127,8 @@ Result<ReadStatus> ImageFile::read_stream(std::uint64_t from, std::span<std::byt
 void ImageFile::will_need(std::uint64_t from, std::uint64_t bytes) noexcept {
   const std::uint64_t end = std::min(from + bytes, stream_bytes());
   if (frames_ahead_ == nullptr || from >= end) return;
-  auto frame =
-      static_cast<std::size_t>(std::ranges::upper_bound(stream_starts_, from) - stream_starts_.begin() - 1);
-  const std::size_t first = frame;
+  const std::size_t first = frame_at(from);
+  std::size_t frame = first;
   while (frame < frame_count() && stream_starts_[frame] < end) ++frame;
   frames_ahead_->will_need(StoreOffset(file_starts_[first]),
                            ByteCount(file_starts_[frame] - file_starts_[first]));

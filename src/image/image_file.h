@@ -42,6 +42,9 @@ class ImageFile final : public FrameSource {
   // Of all frames.
   std::uint64_t compressed_bytes() const { return file_starts_.back(); }
 
+  // The frame that has the byte of the stream at `from`; frame_count() behind its end.
+  std::size_t frame_at(std::uint64_t from) const;
+
   // Fills `to` with the bytes of the stream at `from`; behind its end they are zero. Frames come from the
   // cache or into it. With Wait::no it decompresses what the file gives without blocking. Frames of zeros
   // that are longer than a frame's size must not be asked for.

@@ -24,6 +24,8 @@ class Segment {
   std::uint64_t layer() const { return place_ >> kPageBits; }
   // Of the layer's stream.
   std::uint64_t stream_page() const { return place_ & ((std::uint64_t{1} << kPageBits) - 1); }
+  // Both in one number.
+  std::uint64_t place() const { return place_; }
   // What is left of it without its first pages.
   Segment without(std::uint64_t pages) const {
     return {page + pages, layer(), layer() == kZero ? 0 : stream_page() + pages};
@@ -62,18 +64,17 @@ class LayeredStore final : public Store, public ReadAhead {
       : name_(std::move(name)),
         layers_(std::move(layers)),
         bytes_(layers_.front()->record().pages() * kPageBytes),
-        segments_(std::move(segments)) {}
+        segments_(std::move(segments)),
+        extents_(extents_of(segments_)) {}
 
   ByteCount size() const noexcept override { return ByteCount(bytes_); }
   std::string name() const override { return name_; }
 
   Extent extent_at(StoreOffset from) const noexcept override {
-    auto segment = segment_at(from.value);
-    const bool zero = segment->layer() == Segment::kZero;
-    do {
-      ++segment;
-    } while (segment != segments_.end() && (segment->layer() == Segment::kZero) == zero);
-    return {.zero = zero, .end = StoreOffset(start_of(segment))};
+    const auto next = std::ranges::upper_bound(extents_, from.value / kPageBytes);
+    // Behind an odd number of them there is data.
+    return {.zero = (next - extents_.begin()) % 2 == 0,
+            .end = StoreOffset(next == extents_.end() ? bytes_ : *next * kPageBytes)};
   }
 
   Result<ReadStatus> read(StoreOffset from, std::span<std::byte> to, Wait wait) noexcept override {
@@ -107,10 +108,29 @@ class LayeredStore final : public Store, public ReadAhead {
       at = part_end;
     }
   }
+  std::uint64_t unit_at(StoreOffset from) const noexcept override {
+    const auto segment = segment_at(from.value);
+    // Zeros are not read.
+    if (segment->layer() == Segment::kZero) return Segment(0, Segment::kZero, 0).place();
+    const std::uint64_t at = segment->stream_page() * kPageBytes + (from.value - segment->page * kPageBytes);
+    return Segment(0, segment->layer(), layers_[segment->layer()]->frame_at(at)).place();
+  }
   bool is_only_copied() const noexcept override { return false; }
 
  private:
   using Place = std::vector<Segment>::const_iterator;
+
+  // The pages where data and zeros begin in turns, data first.
+  static std::vector<std::uint64_t> extents_of(const std::vector<Segment>& segments) {
+    std::vector<std::uint64_t> starts;
+    for (const Segment& segment : segments) {
+      const bool zero = segment.layer() == Segment::kZero;
+      const bool after_zero = starts.size() % 2 == 0;
+      if (zero != after_zero) starts.push_back(segment.page);
+    }
+    starts.shrink_to_fit();
+    return starts;
+  }
 
   Place segment_at(std::uint64_t offset) const {
     return std::ranges::upper_bound(segments_, offset / kPageBytes, {}, &Segment::page) - 1;
@@ -123,6 +143,8 @@ class LayeredStore final : public Store, public ReadAhead {
   const std::vector<std::shared_ptr<ImageFile>> layers_;
   const std::uint64_t bytes_;
   const std::vector<Segment> segments_;
+  // So that nobody has to go through segments of one kind, which may be a hundred thousand.
+  const std::vector<std::uint64_t> extents_;
 };
 
 }  // namespace

@@ -76,8 +76,9 @@ class StoreSource : public MemorySource {
 
 class DifferenceSource final : public StoreSource {
  public:
-  DifferenceSource(std::shared_ptr<Store> parent, std::shared_ptr<Store> store, std::uint64_t raw_bytes)
-      : StoreSource(std::move(store), raw_bytes), parent_(std::move(parent)) {}
+  DifferenceSource(std::shared_ptr<Store> parent, std::shared_ptr<Store> store, std::uint64_t raw_bytes,
+                   std::vector<bool> kept)
+      : StoreSource(std::move(store), raw_bytes), parent_(std::move(parent)), kept_(std::move(kept)) {}
 
   Result<void> fill(Chunk& chunk) override {
     if (auto filled = StoreSource::fill(chunk); !filled) return filled;
@@ -85,12 +86,16 @@ class DifferenceSource final : public StoreSource {
     if (auto read = read_extents(*parent_, chunk.offset, before); !read) return read;
     for (std::size_t at = 0; at < before.size(); at += kPageBytes)
       chunk.parents.push_back(chunk.offset + at < parent_->size().value &&
+                              !is_kept((chunk.offset + at) / kPageBytes) &&
                               std::memcmp(before.data() + at, chunk.memory.data() + at, kPageBytes) == 0);
     return {};
   }
 
  private:
+  bool is_kept(std::uint64_t page) const { return page < kept_.size() && kept_[page]; }
+
   const std::shared_ptr<Store> parent_;
+  const std::vector<bool> kept_;
 };
 
 class RunsSource final : public StoreSource {
@@ -249,8 +254,8 @@ std::unique_ptr<MemorySource> memory_of(std::shared_ptr<Store> store, std::uint6
 }
 
 std::unique_ptr<MemorySource> difference(std::shared_ptr<Store> parent, std::shared_ptr<Store> store,
-                                         std::uint64_t raw_bytes) {
-  return std::make_unique<DifferenceSource>(std::move(parent), std::move(store), raw_bytes);
+                                         std::uint64_t raw_bytes, std::vector<bool> kept) {
+  return std::make_unique<DifferenceSource>(std::move(parent), std::move(store), raw_bytes, std::move(kept));
 }
 
 std::unique_ptr<MemorySource> memory_with_runs(std::shared_ptr<Store> store, std::uint64_t raw_bytes,

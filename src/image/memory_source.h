@@ -47,9 +47,10 @@ class MemorySource {
 // All of `store`, of which `raw_bytes` count.
 std::unique_ptr<MemorySource> memory_of(std::shared_ptr<Store> store, std::uint64_t raw_bytes);
 
-// The same, to be made a diff of `parent`: pages that both have alike are left to it.
+// The same, to be made a diff of `parent`: pages that both have alike are left to it, but for those of
+// `kept`, which has a bit for each page, or for fewer.
 std::unique_ptr<MemorySource> difference(std::shared_ptr<Store> parent, std::shared_ptr<Store> store,
-                                         std::uint64_t raw_bytes);
+                                         std::uint64_t raw_bytes, std::vector<bool> kept = {});
 
 // The same, to be made a diff again: pages that `runs` say are the parent's are left to it.
 std::unique_ptr<MemorySource> memory_with_runs(std::shared_ptr<Store> store, std::uint64_t raw_bytes,

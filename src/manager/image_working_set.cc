@@ -14,24 +14,27 @@
 #include <utility>
 
 #include "image/output_file.h"
+#include "store/read_ahead.h"
 
 namespace uffdkit {
 namespace {
 
-// All that are in one block together, at the place of the first: a block is decompressed once for all of
-// them.
-std::vector<std::uint32_t> by_blocks(const std::vector<std::uint32_t>& pages, std::uint64_t block_pages) {
-  if (block_pages <= 1) return pages;
+// All that are in one frame of an image together, at the place of the first: it is decompressed once for all
+// of them.
+std::vector<std::uint32_t> by_frames(const std::vector<std::uint32_t>& pages, Store& store) {
+  const auto* frames = dynamic_cast<const ReadAhead*>(&store);
+  if (frames == nullptr || frames->is_only_copied()) return pages;
   std::unordered_map<std::uint64_t, std::size_t> place_of;
-  std::vector<std::vector<std::uint32_t>> blocks;
+  std::vector<std::vector<std::uint32_t>> together;
   for (const std::uint32_t page : pages) {
-    const auto [place, is_new] = place_of.try_emplace(page / block_pages, blocks.size());
-    if (is_new) blocks.emplace_back();
-    blocks[place->second].push_back(page);
+    const std::uint64_t frame = frames->unit_at(StoreOffset(page * image::kPageBytes));
+    const auto [place, is_new] = place_of.try_emplace(frame, together.size());
+    if (is_new) together.emplace_back();
+    together[place->second].push_back(page);
   }
   std::vector<std::uint32_t> order;
   order.reserve(pages.size());
-  for (const auto& block : blocks) order.insert(order.end(), block.begin(), block.end());
+  for (const auto& frame : together) order.insert(order.end(), frame.begin(), frame.end());
   return order;
 }
 
@@ -43,15 +46,10 @@ Result<std::shared_ptr<ImageWorkingSet>> ImageWorkingSet::open(int file, const i
   const std::filesystem::path path =
       std::filesystem::read_symlink(fmt::format("/proc/self/fd/{}", file), error);
   if (error) return Failure(Error::from_errno("find the folder of " + name, error.value()));
-  std::uint64_t block_pages = 1;
   std::optional<image::Identity> identity;
-  if (!image.is_raw()) {
-    identity = image.layers.front()->record().identity;
-    block_pages = image.layers.front()->record().frame_bytes / image::kPageBytes;
-  }
+  if (!image.is_raw()) identity = image.layers.front()->record().identity;
   std::shared_ptr<ImageWorkingSet> own(new ImageWorkingSet(path.string() + image::kWorkingSetSuffix, identity,
-                                                           image.store->size().value / image::kPageBytes,
-                                                           block_pages));
+                                                           image.store->size().value / image::kPageBytes));
   // Without a working set nobody needs to know what a raw image holds.
   struct stat there;
   if (::lstat(own->path_.c_str(), &there) != 0) return own;
@@ -63,14 +61,14 @@ Result<std::shared_ptr<ImageWorkingSet>> ImageWorkingSet::open(int file, const i
   if (!set) {
     own->problem_ = std::move(set).error();
   } else if (const std::optional<image::WorkingSet>& recorded = *set; recorded) {
-    own->use(*recorded);
+    own->use(*recorded, *image.store);
   }
   return own;
 }
 
 ImageWorkingSet::ImageWorkingSet(std::string path, std::optional<image::Identity> identity,
-                                 std::uint64_t memory_pages, std::uint64_t block_pages)
-    : path_(std::move(path)), identity_(identity), memory_pages_(memory_pages), block_pages_(block_pages) {}
+                                 std::uint64_t memory_pages)
+    : path_(std::move(path)), identity_(identity), memory_pages_(memory_pages) {}
 
 Result<image::Identity> ImageWorkingSet::identify(Store& store) {
   if (identity_) return *identity_;
@@ -89,9 +87,9 @@ std::optional<Error> ImageWorkingSet::problem() {
   return std::exchange(problem_, std::nullopt);
 }
 
-void ImageWorkingSet::use(const image::WorkingSet& set) {
+void ImageWorkingSet::use(const image::WorkingSet& set, Store& store) {
   auto order =
-      set.pages.empty() ? nullptr : std::make_shared<const PrefetchOrder>(by_blocks(set.pages, block_pages_));
+      set.pages.empty() ? nullptr : std::make_shared<const PrefetchOrder>(by_frames(set.pages, store));
   const std::lock_guard lock(mutex_);
   order_ = std::move(order);
 }
@@ -125,7 +123,7 @@ Result<void> ImageWorkingSet::add_recording(Store& store, std::span<const std::u
   if (!file) return Failure(std::move(file).error());
   if (auto written = file->append(*bytes); !written) return written;
   if (auto named = file->commit(); !named) return named;
-  use(set);
+  use(set, store);
   return {};
 }
 

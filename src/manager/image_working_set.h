@@ -43,18 +43,16 @@ class ImageWorkingSet {
   void add_run(const image::WorkingSetRun& run);
 
  private:
-  ImageWorkingSet(std::string path, std::optional<image::Identity> identity, std::uint64_t memory_pages,
-                  std::uint64_t block_pages);
+  ImageWorkingSet(std::string path, std::optional<image::Identity> identity, std::uint64_t memory_pages);
   Result<image::Identity> identify(Store& store);
   // The file, if there is one of this image, whose identity is known.
   Result<std::optional<image::WorkingSet>> read(const image::Identity& identity) const;
-  void use(const image::WorkingSet& set);
+  void use(const image::WorkingSet& set, Store& store);
 
   const std::string path_;
   std::optional<image::Identity> identity_;  // of a raw image found out when it is needed, under file_mutex_
   const std::uint64_t memory_pages_;
-  const std::uint64_t block_pages_;  // of the image that are decompressed together; 1 in a raw one
-  std::mutex file_mutex_;            // held while the file is read and written
+  std::mutex file_mutex_;  // held while the file is read and written
 
   mutable std::mutex mutex_;  // never held while something may block
   std::shared_ptr<const PrefetchOrder> order_;

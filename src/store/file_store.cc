@@ -141,6 +141,9 @@ class FileStore final : public Store, public SignalSafeStore, public ReadAhead {
     (void)::posix_fadvise(fd_.get(), static_cast<off_t>(from.value), static_cast<off_t>(bytes.value),
                           POSIX_FADV_WILLNEED);
   }
+  std::uint64_t unit_at(StoreOffset from) const noexcept override {
+    return from.value / kPage4K.bytes().value;
+  }
   bool is_only_copied() const noexcept override { return true; }
   int read_in_handler(StoreOffset from, std::span<std::byte> to) noexcept override {
     const std::span<std::byte> stored = zero_beyond_the_end(from, to);

@@ -12,6 +12,9 @@ class ReadAhead {
   // [from, from + bytes), within the store's size, is read soon. A hint: nothing comes of an error. May wait
   // for the disk's queue, not for the bytes. Threads: any.
   virtual void will_need(StoreOffset from, ByteCount bytes) noexcept = 0;
+  // A number of what has to be read as a whole to have the page at `from`: pages of the same one cost little
+  // more than one of them does.
+  virtual std::uint64_t unit_at(StoreOffset from) const noexcept = 0;
   // Whether what can be read without waiting is only copied, and not decompressed.
   virtual bool is_only_copied() const noexcept = 0;
 };

@@ -20,6 +20,7 @@
 #include "image/check_image.h"
 #include "image/output_file.h"
 #include "image/write_image.h"
+#include "store/read_ahead.h"
 #include "support/image.h"
 #include "support/temp_dir.h"
 
@@ -242,6 +243,63 @@ TEST_F(Images, ADiffStoresOnlyWhatDiffers) {
   make("same", memory_, "base");
   EXPECT_EQ(open("same").layers.front()->frame_count(), 0u);
   EXPECT_TRUE(contents(*open("same").store) == memory_);
+}
+
+TEST_F(Images, ADiffStoresPagesThatAreKeptAlsoWhereBothHaveThemAlike) {
+  make("base", memory_);
+  std::vector<bool> kept(300);
+  for (std::size_t page = 0; page < kept.size(); page += 3) kept[page] = true;
+  const OpenImage base = open("base");
+  const auto source = difference(base.store, base.store, memory_.size(), kept);
+  const Parent parent{.name = "base", .identity = base.layers.front()->record().identity};
+  const Result<Written> written = write_image(*source, directory_ / "diff", parent, {}, {});
+  ASSERT_TRUE(written) << written.error().text();
+  std::uint64_t stored = 0;
+  for (const PageRun& run : written->record.runs)
+    if (run.kind == PageKind::stored) stored += run.pages;
+  std::uint64_t expected = 0;
+  for (std::size_t page = 0; page < kept.size(); page += 3)
+    expected += is_all_zero(std::span(memory_).subspan(page * kPageBytes, kPageBytes)) ? 0u : 1u;
+  EXPECT_EQ(stored, expected);
+  EXPECT_EQ(written->record.identity, parent.identity);
+  EXPECT_TRUE(contents(*open("diff").store) == memory_);
+}
+
+TEST_F(Images, PagesOfOneFrameAreOneUnitAndThoseOfOthersAreNot) {
+  Bytes memory;
+  for (std::size_t page = 0; page < 64; ++page) std::ranges::copy(page_of(page), std::back_inserter(memory));
+  Bytes changed = memory;
+  for (const std::size_t page : {1u, 5u, 40u}) put_page(changed, page, 1000 + page);
+  make("base", memory);
+  make("diff", changed, "base");
+  const OpenImage image = open("diff");
+  const auto* frames = dynamic_cast<const ReadAhead*>(image.store.get());
+  ASSERT_NE(frames, nullptr);
+  const auto unit = [&](std::uint64_t page) { return frames->unit_at(StoreOffset(page * kPageBytes)); };
+  EXPECT_EQ(unit(0), unit(15));
+  EXPECT_NE(unit(15), unit(16));
+  // Those that are stored in the diff are together there.
+  EXPECT_EQ(unit(1), unit(40));
+  EXPECT_NE(unit(1), unit(2));
+}
+
+TEST_F(Images, DataOfSeveralLayersThatLiesTogetherIsOneExtent) {
+  Bytes memory(64 * kPageBytes);
+  for (std::size_t page = 8; page < 32; ++page) put_page(memory, page, page);
+  Bytes changed = memory;
+  for (const std::size_t page : {10u, 12u, 33u}) put_page(changed, page, 1000 + page);
+  make("base", memory);
+  make("diff", changed, "base");
+  const auto store = open("diff").store;
+  const auto extent = [&](std::uint64_t page) { return store->extent_at(StoreOffset(page * kPageBytes)); };
+  EXPECT_TRUE(extent(3).zero);
+  EXPECT_EQ(extent(3).end.value, 8 * kPageBytes);
+  EXPECT_FALSE(extent(8).zero);
+  EXPECT_EQ(extent(11).end.value, 32 * kPageBytes);
+  EXPECT_TRUE(extent(32).zero);
+  EXPECT_FALSE(extent(33).zero);
+  EXPECT_TRUE(extent(34).zero);
+  EXPECT_EQ(extent(34).end.value, 64 * kPageBytes);
 }
 
 TEST_F(Images, AParentThatIsNotTheOneIsRefused) {

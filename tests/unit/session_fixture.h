@@ -204,6 +204,7 @@ class CopyingStore final : public FakeStore, public ReadAhead {
   void will_need(StoreOffset from, ByteCount bytes) noexcept override {
     for (std::uint64_t at = 0; at < bytes.value; at += kPage) told.insert((from.value + at) / kPage);
   }
+  std::uint64_t unit_at(StoreOffset from) const noexcept override { return from.value / kPage; }
   bool is_only_copied() const noexcept override { return true; }
 };
 
