@@ -45,12 +45,31 @@ struct Taken {
   double cpu_ns;  // of the manager
 };
 
+enum class Way : std::uint8_t { faults_alone, working_set, stored_apart };
+
+const char* name_of(Way way) {
+  switch (way) {
+    case Way::faults_alone:
+      return "faults alone";
+    case Way::working_set:
+      return "working set";
+    case Way::stored_apart:
+      return "working set, stored for itself";
+  }
+  return "";
+}
+
+struct Image {
+  std::string path;
+  std::vector<std::string> files;  // that it is made of
+};
+
 // From handing the memory over until the job is done.
-Taken resume(const Options& options, const std::string& image, State state, bool working_set,
-             std::uint64_t pages, const std::vector<std::uint64_t>& order) {
+Taken resume(const Options& options, const Image& image, State state, Way way, std::uint64_t pages,
+             const std::vector<std::uint64_t>& order) {
   std::vector<std::string> arguments = {"--image-cache", std::to_string(pages * kPageBytes * 2)};
-  if (!working_set) arguments.emplace_back("--no-prefetch");
-  const UffdkitServer server(options.uffdkit, options.directory, image, arguments);
+  if (way == Way::faults_alone) arguments.emplace_back("--no-prefetch");
+  const UffdkitServer server(options.uffdkit, options.directory, image.path, arguments);
   const auto job = [&] {
     Client client(server, kAnyCpu, pages * kPageBytes, order.size());
     const std::uint64_t before = cpu_ns(server.pid());
@@ -58,12 +77,12 @@ Taken resume(const Options& options, const std::string& image, State state, bool
     return Taken{static_cast<double>(ns), static_cast<double>(cpu_ns(server.pid()) - before)};
   };
   if (state == State::decompressed) job();
-  if (state == State::cold) drop_from_page_cache(image);
+  if (state == State::cold) std::ranges::for_each(image.files, drop_from_page_cache);
   return job();
 }
 
 struct Contender {
-  std::string image;
+  Image image;
   std::vector<double> ns = {};
   std::vector<double> cpu_ns = {};
 };
@@ -81,13 +100,17 @@ void measure(const Options& options, const Settings& settings, Report& report) {
   order.resize(std::max<std::uint64_t>(1, pages * settings.percent / 100));
   record_working_set(options, raw, bytes, order);
   record_working_set(options, compressed, bytes, order);
+  const std::string with_set = options.directory + "/with-set";
+  store_working_set(options.uffdkit, compressed, with_set);
+  const auto mib_of = [](const std::string& file) {
+    return static_cast<double>(std::filesystem::file_size(file)) / (1 << 20);
+  };
 
   report.table(
       "image_resume",
       fmt::format("A job that touches {} % of {} MiB at random, by one thread, {} rounds, scheduled freely; "
-                  "the image is {:.2f} times as small as the memory.",
-                  settings.percent, bytes >> 20, rounds,
-                  static_cast<double>(bytes) / static_cast<double>(std::filesystem::file_size(compressed))),
+                  "the image has {:.0f} MiB, and the working set, stored for itself, {:.0f} more.",
+                  settings.percent, bytes >> 20, rounds, mib_of(compressed), mib_of(with_set)),
       {{"way", "how"},
        {"state", "before"},
        {"raw_seconds", "raw s", 3},
@@ -95,17 +118,19 @@ void measure(const Options& options, const Settings& settings, Report& report) {
        {"raw_cpu_seconds", "raw: manager's CPU s", 3},
        {"compressed_cpu_seconds", "compressed: manager's CPU s", 3},
        {"speed", "compressed: speed / raw", 2}});
-  for (const bool working_set : {false, true})
+  for (const Way way : {Way::faults_alone, Way::working_set, Way::stored_apart})
     for (const State state : {State::decompressed, State::page_cache, State::cold}) {
-      Contender all[] = {{raw}, {compressed}};
+      const Image image = way == Way::stored_apart ? Image{with_set, {with_set, compressed}}
+                                                   : Image{compressed, {compressed}};
+      Contender all[] = {{{raw, {raw}}}, {image}};
       for (unsigned round = 0; round < rounds; ++round)
         for (unsigned i = 0; i < 2; ++i) {
           Contender& contender = all[(i + round) % 2];
-          const Taken taken = resume(options, contender.image, state, working_set, pages, order);
+          const Taken taken = resume(options, contender.image, state, way, pages, order);
           contender.ns.push_back(taken.ns);
           contender.cpu_ns.push_back(taken.cpu_ns);
         }
-      report.row({{"way", working_set ? "working set" : "faults alone"},
+      report.row({{"way", name_of(way)},
                   {"state", name_of(state)},
                   {"raw_seconds", median(all[0].ns) / 1e9},
                   {"compressed_seconds", median(all[1].ns) / 1e9},

@@ -1,6 +1,7 @@
 #include "harness/image.h"
 
 #include <fcntl.h>
+#include <fmt/format.h>
 #include <uffdkit/unique_fd.h>
 #include <unistd.h>
 
@@ -58,6 +59,23 @@ UniqueFd make(const std::string& path) {
   UniqueFd file(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600));
   if (!file) fail("create " + path);
   return file;
+}
+
+// Runs a command; seconds that it took.
+double run(std::vector<std::string> arguments) {
+  const auto start = std::chrono::steady_clock::now();
+  test::Child command([&](const test::Channel&) {
+    std::vector<char*> pointers;
+    for (const std::string& argument : arguments) pointers.push_back(const_cast<char*>(argument.c_str()));
+    pointers.push_back(nullptr);
+    const UniqueFd null(::open("/dev/null", O_WRONLY | O_CLOEXEC));
+    ::dup2(null.get(), STDOUT_FILENO);
+    ::execv(pointers[0], pointers.data());
+    return 127;
+  });
+  if (command.wait() != 0)
+    throw std::runtime_error(fmt::format("{} {} {} failed", arguments[0], arguments[1], arguments[2]));
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 }  // namespace
@@ -121,18 +139,11 @@ double create_image(const std::string& uffdkit, const std::string& from, const s
                     const std::vector<std::string>& options) {
   std::vector<std::string> arguments = {uffdkit, "image", "create", "--json", "--raw", from, to};
   arguments.insert(arguments.end(), options.begin(), options.end());
-  const auto start = std::chrono::steady_clock::now();
-  test::Child command([&](const test::Channel&) {
-    std::vector<char*> pointers;
-    for (const std::string& argument : arguments) pointers.push_back(const_cast<char*>(argument.c_str()));
-    pointers.push_back(nullptr);
-    const UniqueFd null(::open("/dev/null", O_WRONLY | O_CLOEXEC));
-    ::dup2(null.get(), STDOUT_FILENO);
-    ::execv(pointers[0], pointers.data());
-    return 127;
-  });
-  if (command.wait() != 0) throw std::runtime_error(uffdkit + " image create failed");
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return run(std::move(arguments));
+}
+
+void store_working_set(const std::string& uffdkit, const std::string& image, const std::string& to) {
+  run({uffdkit, "image", "diff", "--force", "--working-set", image + ".ws", image, image, to});
 }
 
 }  // namespace uffdkit::bench

@@ -6,6 +6,7 @@
 #include <CLI/CLI.hpp>
 #include <array>
 #include <string>
+#include <utility>
 
 #include "tool/command.h"
 
@@ -62,6 +63,20 @@ void add_output_options(CLI::App& command, OutputOptions& options) {
 
 image::ImageOpener make_opener() {
   return image::ImageOpener(std::make_shared<image::FrameCache>(kCacheBytes));
+}
+
+Result<std::optional<image::WorkingSet>> working_set_of(const image::OpenImage& opened,
+                                                        const std::string& path) {
+  Result<std::optional<image::WorkingSet>> set = image::read_working_set(path);
+  if (!set || !*set) return set;
+  const Result<image::Identity> identity =
+      opened.is_raw() ? image::identity_of(*opened.store) : opened.layers.front()->record().identity;
+  if (!identity) return Failure(identity.error());
+  if (auto own =
+          image::check_recorded_of(**set, *identity, opened.store->size().value / image::kPageBytes, path);
+      !own)
+    return Failure(std::move(own).error());
+  return set;
 }
 
 nlohmann::ordered_json record_to_json(const image::Record& record) {

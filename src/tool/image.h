@@ -10,6 +10,7 @@
 #include <string>
 
 #include "image/open_image.h"
+#include "image/working_set.h"
 #include "image/write_image.h"
 #include "tool/progress_bar.h"
 
@@ -37,6 +38,11 @@ void add_json_option(CLI::App& command, bool& json);
 
 // An opener whose cache is large enough for what one command does.
 image::ImageOpener make_opener();
+
+// The working set at `path`, if there is one. Errors: it cannot be read, or is not of the memory that
+// `opened` shows.
+Result<std::optional<image::WorkingSet>> working_set_of(const image::OpenImage& opened,
+                                                        const std::string& path);
 
 // Says what was written; returns the exit code.
 int report_written(const Result<image::Written>& written, const OutputOptions& options);

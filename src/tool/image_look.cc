@@ -80,23 +80,6 @@ void print_regions(const image::Record& record) {
   }
 }
 
-// The working set beside the image, if there is one of it. What is wrong with it is said, and is not an error
-// of the image's.
-std::optional<image::WorkingSet> working_set(const std::string& path, const image::OpenImage& opened) {
-  const std::string file = path + image::kWorkingSetSuffix;
-  Result<std::optional<image::WorkingSet>> set = image::read_working_set(file);
-  if (!set) return report(set.error()), std::nullopt;
-  const std::optional<image::WorkingSet>& recorded = *set;
-  if (!recorded) return std::nullopt;
-  const Result<image::Identity> identity =
-      opened.is_raw() ? image::identity_of(*opened.store) : opened.layers.front()->record().identity;
-  if (!identity) return report(identity.error()), std::nullopt;
-  const Result<void> own =
-      image::check_recorded_of(*recorded, *identity, opened.store->size().value / image::kPageBytes, file);
-  if (!own) return report(own.error()), std::nullopt;
-  return recorded;
-}
-
 nlohmann::ordered_json working_set_to_json(const image::WorkingSet& set) {
   nlohmann::ordered_json json = {{"pages", set.pages.size()},
                                  {"memory_pages", set.memory_pages},
@@ -129,7 +112,11 @@ void print_working_set(const image::WorkingSet& set) {
 int info(const Options& options) {
   const Result<image::OpenImage> opened = make_opener().open(options.image);
   if (!opened) return report(opened.error());
-  const std::optional<image::WorkingSet> set = working_set(options.image, *opened);
+  // What is wrong with it is said, and is not an error of the image's.
+  Result<std::optional<image::WorkingSet>> beside =
+      working_set_of(*opened, options.image + image::kWorkingSetSuffix);
+  if (!beside) report(beside.error());
+  const std::optional<image::WorkingSet> set = std::move(beside).value_or(std::nullopt);
   if (opened->is_raw()) {
     if (options.json) {
       nlohmann::ordered_json json = {

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "image/output_file.h"
 #include "image/process_memory.h"
 #include "tool/command.h"
 #include "tool/image.h"
@@ -24,6 +25,7 @@ struct Options {
   std::string core;
   pid_t pid = 0;
   bool zstd = false;
+  std::string working_set;
   std::vector<std::string> inputs;
   OutputOptions output;
 };
@@ -96,6 +98,47 @@ Result<image::Written> create(const Options& options) {
   return options.parent.empty() ? create_raw(options) : create_sparse(options);
 }
 
+// A working set that goes along with an image: its pages are stored for themselves, and it is written anew
+// beside the image.
+class KeptSet {
+ public:
+  // That at `path`, which is to be of the memory that `opened` shows. Errors: there is none, or another's, or
+  // it cannot be written.
+  static Result<KeptSet> open(const std::string& path, const image::OpenImage& opened,
+                              const OutputOptions& output) {
+    Result<std::optional<image::WorkingSet>> set = working_set_of(opened, path);
+    if (!set) return Failure(std::move(set).error());
+    if (!*set)
+      return Failure(Error::from_open("the working set " + path, ENOENT)
+                         .with_remedy("record one: uffdkit serve --record"));
+    Result<image::OutputFile> file =
+        image::OutputFile::create(output.path + image::kWorkingSetSuffix, output.force);
+    if (!file) return Failure(std::move(file).error());
+    return KeptSet(**std::move(set), *std::move(file));
+  }
+
+  std::vector<bool> pages() const {
+    std::vector<bool> pages(set_.memory_pages);
+    for (const std::uint32_t page : set_.pages) pages[page] = true;
+    return pages;
+  }
+  Result<void> write_for(const image::Record& record) {
+    set_.identity = record.identity;
+    // Those were of another image's sessions.
+    set_.runs.clear();
+    const Result<std::vector<std::byte>> bytes = image::encode(set_);
+    if (!bytes) return Failure(bytes.error());
+    if (auto written = file_.append(*bytes); !written) return written;
+    return file_.commit();
+  }
+
+ private:
+  KeptSet(image::WorkingSet set, image::OutputFile file) : set_(std::move(set)), file_(std::move(file)) {}
+
+  image::WorkingSet set_;
+  image::OutputFile file_;
+};
+
 Result<image::Written> diff(const Options& options) {
   image::ImageOpener opener = make_opener();
   Result<image::OpenImage> base = opener.open(options.inputs[0]);
@@ -106,8 +149,18 @@ Result<image::Written> diff(const Options& options) {
   if (!memory) return Failure(std::move(memory).error());
   std::vector<image::Region> regions;
   if (!memory->is_raw()) regions = memory->layers.front()->record().regions;
-  const auto source = image::difference(base->store, memory->store, memory->raw_bytes);
-  return write(*source, *parent, std::move(regions), options.output, "diff");
+  std::optional<KeptSet> kept;
+  if (!options.working_set.empty()) {
+    Result<KeptSet> opened = KeptSet::open(options.working_set, *memory, options.output);
+    if (!opened) return Failure(std::move(opened).error());
+    kept.emplace(*std::move(opened));
+  }
+  const auto source = image::difference(base->store, memory->store, memory->raw_bytes,
+                                        kept ? kept->pages() : std::vector<bool>());
+  Result<image::Written> written = write(*source, *parent, std::move(regions), options.output, "diff");
+  if (written && kept)
+    if (auto set = kept->write_for(written->record); !set) return Failure(std::move(set).error());
+  return written;
 }
 
 Result<image::Written> apply(const Options& options) {
@@ -173,10 +226,15 @@ void add_image_create(CLI::App& image, int& exit_code) {
 }
 
 void add_image_diff(CLI::App& image, int& exit_code) {
-  add_command(image, "diff", "Make an image of what differs between two",
-              {{"BASE", "The image that it is a diff of; in the same folder as OUT"},
-               {"MEMORY", "What OUT shows: an image or a raw memory file"}},
-              std::make_shared<Options>(), diff, exit_code);
+  const auto options = std::make_shared<Options>();
+  CLI::App* command = add_command(image, "diff", "Make an image of what differs between two",
+                                  {{"BASE", "The image that it is a diff of; in the same folder as OUT"},
+                                   {"MEMORY", "What OUT shows: an image or a raw memory file"}},
+                                  options, diff, exit_code);
+  command->add_option(
+      "--working-set", options->working_set,
+      "SET: what was recorded of MEMORY: its pages are stored also where both have them alike, "
+      "so that they are decompressed without others; it goes along as OUT.ws");
 }
 
 void add_image_apply(CLI::App& image, int& exit_code) {

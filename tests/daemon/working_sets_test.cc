@@ -119,6 +119,49 @@ TEST_F(WorkingSets, TheSameOfACompressedImage) {
   expect_brought(image, pages.size() * 9 / 10);
 }
 
+TEST_F(WorkingSets, OneThatADiffStoresForItselfGoesAlongAndIsBrought) {
+  const std::string base = compressed();
+  std::vector<std::size_t> pages;
+  for (std::size_t page = 0; page < kPages; page += 3) pages.push_back((page * 7) % kPages);
+  record(base, pages);
+  const std::string image = directory_ / "with-set";
+  const Strings diff = {"image", "diff", "--working-set", base + ".ws", base, base, image};
+  const Finished made = run_program("uffdkit", diff);
+  ASSERT_EQ(made.exit_code, 0) << made.err;
+  EXPECT_EQ(info(image).at("pages"), pages.size());
+  // Pages of zeros need no room.
+  const Finished shown = run_program("uffdkit", {"image", "info", "--json", image});
+  EXPECT_GT(nlohmann::json::parse(shown.out).at("stored_pages"), pages.size() / 2);
+  expect_brought(image, pages.size() * 9 / 10);
+}
+
+TEST_F(WorkingSets, OneOfARawFileGoesAlongWithADiffThatShowsTheSameMemory) {
+  const std::string base = compressed();
+  record(image_.path(), {900, 3, 4, 77});
+  const std::string image = directory_ / "with-set";
+  const Finished made =
+      run_program("uffdkit", {"image", "diff", "--working-set", file(), base, image_.path(), image});
+  ASSERT_EQ(made.exit_code, 0) << made.err;
+  EXPECT_EQ(info(image).at("pages"), 4);
+}
+
+TEST_F(WorkingSets, ADiffStoresNoneThatIsNotItsOwn) {
+  const std::string base = compressed();
+  const auto diff = [&](const std::string& set, const std::string& image) {
+    const Finished done = run_program("uffdkit", {"image", "diff", "--working-set", set, base, base, image});
+    EXPECT_EQ(done.exit_code, 1);
+    EXPECT_FALSE(std::filesystem::exists(image));
+    return done.err;
+  };
+  const std::string image = directory_ / "with-set";
+  EXPECT_NE(diff(directory_ / "none", image).find("serve --record"), std::string::npos);
+  record(image_.path(), {900, 3});
+  EXPECT_NE(diff(file(), image).find("was recorded of another image"), std::string::npos);
+  record(base, {900, 3});
+  std::ofstream(image + ".ws") << "somebody's";
+  EXPECT_NE(diff(base + ".ws", image).find("--force"), std::string::npos);
+}
+
 TEST_F(WorkingSets, WhatCameOfARunIsShown) {
   std::vector<std::size_t> pages;
   for (std::size_t page = 0; page < 800; ++page) pages.push_back(page);
