@@ -487,7 +487,7 @@ void Session::apply(const ForkEvent& event) {
   if (segment->left_behind) return serve_left_behind(pending, *segment);
   const PageIndex wanted = segment->granule_at(pending.page);
   const bool shared = serving_[segment->region].shared != nullptr;
-  if (pending.attempts == 0) note(*segment, wanted);
+  if (pending.attempts == 0) pending.unexpected = note(*segment, wanted);
   const FaultPlan plan =
       plan_fault(state_.table(segment->region), *segment, wanted,
                  shared ? options_.shared_fault_around : options_.fault_around, lost(*segment));

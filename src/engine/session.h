@@ -259,6 +259,7 @@ class Session {
     bool paused = false;             // it cannot be read, and is not tried again before resume()
     bool no_memory = false;          // why it was put off the last time; else the client was changing
     bool in_vain = false;            // its fetch could put the page nowhere
+    bool unexpected = false;         // nobody could tell that the page would be asked for
     // Whether it is to be tried now or at a time.
     bool is_waiting() const { return fetch == 0 && !blocked && !paused; }
   };
@@ -432,8 +433,8 @@ class Session {
 
   // ---- session_prefetch.cc: pages before they are asked for
   // A page is asked for that may not be there: for who records, and who wants to know what prefetching is
-  // good for.
-  void note_wanted(const Segment& segment, PageIndex granule);
+  // good for. True if nobody could tell that it would be.
+  bool note_wanted(const Segment& segment, PageIndex granule);
   Pace pace() const;
   bool is_left_out(PageIndex image_page) const;
   // What of `run` is to come with `wanted`: if that is in the order, its neighbours in the order; of others
@@ -469,8 +470,8 @@ class Session {
 
   // ---- session_streams.cc: clients that go through their memory in order
   // A page is asked for, whatever it is, and whether or not for the first time: for who follows streams, and
-  // for note_wanted().
-  void note(const Segment& segment, PageIndex granule);
+  // for note_wanted(). Likewise true.
+  bool note(const Segment& segment, PageIndex granule);
   // A stream has come to where it was expected.
   void stream_went_on();
   // Begins a batch of what one will come to; false if enough was done in this step.

@@ -24,8 +24,8 @@ constexpr std::size_t kPagesPerBatch = 64;
 constexpr std::size_t kInstalledPerStep = 16;
 // The same while faults come for pages that are not expected, and shortly after: a fault waits behind all
 // reads that the disk has already, and for the piece of work that its worker is about. bench_cold_reads says
-// what a disk gives for how many reads at once: with 8, about half.
-constexpr std::size_t kPagesPerBatchBeside = 8;
+// what a disk gives for how many reads at once: with 4, a third to a half.
+constexpr std::size_t kPagesPerBatchBeside = 4;
 constexpr unsigned kDepthBeside = 1;
 constexpr std::size_t kInstalledPerStepBeside = 2;
 constexpr std::int64_t kBesideNs = 10'000'000;
@@ -109,7 +109,8 @@ Session::Prefetching& Session::prefetching() {
 
 Session::Pace Session::pace() const {
   const unsigned depth = prefetching_->depth;
-  if (host_.now_ns() - prefetching_->missed_at_ns >= kBesideNs)
+  if (host_.now_ns() - prefetching_->missed_at_ns >= kBesideNs &&
+      std::ranges::none_of(pending_, &Pending::unexpected))
     return {.batch_pages = kPagesPerBatch, .batches = depth, .step_pages = kInstalledPerStep};
   return {.batch_pages = kPagesPerBatchBeside,
           .batches = std::min(depth, kDepthBeside),
@@ -120,18 +121,19 @@ bool Session::is_left_out(PageIndex image_page) const {
   return mixed(image_page.value + prefetching_->seed) % kLeftOutOf == 0;
 }
 
-void Session::note_wanted(const Segment& segment, PageIndex granule) {
+bool Session::note_wanted(const Segment& segment, PageIndex granule) {
   const RegionServing& serving = serving_[segment.region];
   const PageIndex page(kPage4K.pages(ByteCount(offset_of(segment, granule).value)).value);
   // What was asked for before is no news.
-  if (state_.table(segment.region).get(granule) != PageState::absent) return;
+  if (state_.table(segment.region).get(granule) != PageState::absent) return false;
   if (record_.pages && serving.lane == record_.lane) record_.pages->wanted(page);
-  if (prefetching_ == nullptr) return;
+  if (prefetching_ == nullptr) return false;
   const bool has_order = prefetching_->order && serving.lane == prefetching_->lane;
-  if (!has_order || !prefetching_->order->has(page)) prefetching_->missed_at_ns = host_.now_ns();
-  if (!has_order) return;
-  if (!prefetching_->order->has(page)) return add(counters_->prefetch_missed);
-  add(is_left_out(page) ? counters_->prefetch_left_out_used : counters_->prefetch_late);
+  const bool unexpected = !has_order || !prefetching_->order->has(page);
+  if (unexpected) prefetching_->missed_at_ns = host_.now_ns();
+  if (has_order && unexpected) add(counters_->prefetch_missed);
+  if (!unexpected) add(is_left_out(page) ? counters_->prefetch_left_out_used : counters_->prefetch_late);
+  return unexpected;
 }
 
 PageRange Session::expected_of(const Segment& segment, PageRange run, PageIndex wanted) const {

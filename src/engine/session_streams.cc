@@ -16,13 +16,11 @@ constexpr std::size_t kAheadMax = 8;
 
 using namespace session;
 
-void Session::note(const Segment& segment, PageIndex granule) {
+bool Session::note(const Segment& segment, PageIndex granule) {
   const bool is_followed = streams_ && segment.page_size == kPage4K && !serving_[segment.region].shared &&
                            state_.table(segment.region).get(granule) == PageState::absent;
-  if (is_followed && streams_->wanted(segment.region, granule))
-    stream_went_on();
-  else if (notes_wanted_)
-    note_wanted(segment, granule);
+  if (is_followed && streams_->wanted(segment.region, granule)) return stream_went_on(), false;
+  return notes_wanted_ && note_wanted(segment, granule);
 }
 
 void Session::stream_went_on() {

@@ -286,6 +286,24 @@ TEST_F(Prefetch, LittleIsUnderWayWhileOtherPagesAreAskedFor) {
   EXPECT_GT(present().size(), 880u);
 }
 
+TEST_F(Prefetch, LittleIsUnderWayForAsLongAsAFaultForAnotherPageWaits) {
+  store_->cached = false;
+  std::vector<std::uint32_t> order;
+  for (std::uint32_t page = 0; page < 900; ++page) order.push_back(page);
+  kernel_.fault(pages(1000));
+  prefetch(order);
+  settle();
+  ASSERT_EQ(host_.fetches.size(), 2u);
+  const auto fault = std::move(host_.fetches.front());
+  host_.fetches.pop_front();
+  ASSERT_EQ(fault->urgency, Urgency::demand);
+  host_.now += 1000 * kMillisecond;
+  bring();
+  settle();
+  ASSERT_EQ(host_.fetches.size(), 1u);
+  EXPECT_LE(host_.fetches.front()->granules.value, 16u);
+}
+
 class PrefetchWithNeighbours : public Prefetch {
  protected:
   PrefetchWithNeighbours() : Prefetch(Background::off, nullptr, false, 16) {}
