@@ -3,6 +3,7 @@
 
 #include <map>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -34,7 +35,8 @@ struct Contender {
   std::string name;
   std::unique_ptr<Server> server;
   std::unique_ptr<Client> client = {};
-  std::vector<double> p50_ns = {};  // of each round
+  std::vector<double> p50_ns = {};   // of each round
+  std::vector<double> mean_ns = {};  // likewise
   std::vector<std::uint32_t> all_ns = {};
   std::uint64_t server_switches = 0;
   std::uint64_t client_switches = 0;
@@ -46,10 +48,12 @@ struct Contender {
     server_switches += context_switches(server->pid()) - server_before;
     client_switches += client->context_switches() - client_before;
     p50_ns.push_back(median(ns));
+    mean_ns.push_back(std::accumulate(ns.begin(), ns.end(), 0.0) / static_cast<double>(ns.size()));
     all_ns.insert(all_ns.end(), ns.begin(), ns.end());
   }
   void forget() {
     p50_ns.clear();
+    mean_ns.clear();
     all_ns.clear();
     server_switches = client_switches = 0;
   }
@@ -85,8 +89,10 @@ const std::vector<Column> kColumns = {{"placement", "client and server"},
                                       {"contender", "who serves"},
                                       {"p50_us", "p50 us", 1},
                                       {"p99_us", "p99 us", 1},
+                                      {"mean_us", "mean us", 1},
                                       {"p50_ratio", "p50 / raw", 2},
                                       {"p99_ratio", "p99 / raw", 2},
+                                      {"mean_ratio", "mean / raw", 2},
                                       {"server_switches", "switches a fault: server's", 2},
                                       {"switches", "client's too", 2}};
 
@@ -96,8 +102,10 @@ nlohmann::ordered_json row_of(const Placement& placement, const Contender& conte
           {"contender", contender.name},
           {"p50_us", median(contender.all_ns) / 1000},
           {"p99_us", quantile(contender.all_ns, 0.99) / 1000},
+          {"mean_us", std::accumulate(contender.all_ns.begin(), contender.all_ns.end(), 0.0) / faults / 1000},
           {"p50_ratio", median_ratio(contender.p50_ns, raw.p50_ns)},
           {"p99_ratio", quantile(contender.all_ns, 0.99) / quantile(raw.all_ns, 0.99)},
+          {"mean_ratio", median_ratio(contender.mean_ns, raw.mean_ns)},
           {"server_switches", static_cast<double>(contender.server_switches) / faults},
           {"switches", static_cast<double>(contender.server_switches + contender.client_switches) / faults}};
 }
@@ -132,7 +140,10 @@ void measure_one(const Options& options, const Settings& settings, const std::st
     }
     for (const Contender& contender : all) report.row(row_of(placement, contender, all.front()));
   }
-  report.note("p50 / raw is the median over rounds of the ratio of the two medians of the round.");
+  report.note(
+      "p50 / raw is the median over rounds of the ratio of the two medians of the round, mean / raw that of "
+      "the two "
+      "means.");
 }
 
 // Several threads, which fault at once.
