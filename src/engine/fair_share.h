@@ -16,7 +16,8 @@ class FairShare {
   // What a neighbour may have to wait for a worker that serves this session. Smaller ones cost: it is looked
   // for others by a system call.
   static constexpr std::int64_t kSliceNs = 30'000;
-  static constexpr std::int64_t kRestNs = 50'000;
+  // Long enough that a neighbour seldom meets it: ten times a slice.
+  static constexpr std::int64_t kRestNs = 300'000;
 
   // What the client has told since it was attached.
   struct Told {
