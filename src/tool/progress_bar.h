@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -27,8 +28,10 @@ class ProgressBar {
   std::chrono::steady_clock::time_point next_ = start_;
 };
 
-// The line: "create [#####     ]  50 %, 1.0 GiB of 2.0 GiB, 512.0 MiB/s, 2 s left".
-std::string progress_line(const std::string& what, std::uint64_t done, std::uint64_t all, double seconds);
+// The line: "create [#####     ]  50 %, 1.0 GiB of 2.0 GiB, 512.0 MiB/s, 2 s left", of less than `columns`
+// characters: the bar is as long as there is room for, and at last left out, then the end of the line.
+std::string progress_line(const std::string& what, std::uint64_t done, std::uint64_t all, double seconds,
+                          std::size_t columns);
 
 // "1.5 GiB"
 std::string size_text(std::uint64_t bytes);

@@ -1,6 +1,8 @@
 // Compressed images: the commands that make them and look at them, and clients that are served from them.
 #include <elf.h>
 #include <fcntl.h>
+#include <pty.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -16,9 +18,11 @@
 #include <iterator>
 #include <nlohmann/json.hpp>
 #include <span>
+#include <string_view>
 #include <thread>
 
 #include "daemon/fixture.h"
+#include "support/child.h"
 #include "support/paths.h"
 #include "support/program.h"
 #include "support/sigbus.h"
@@ -82,6 +86,35 @@ TEST_F(ImageCommand, CreateInfoVerifyAndExtractAgree) {
   struct stat status;
   ASSERT_EQ(stat(image_.c_str(), &status), 0);
   EXPECT_EQ(status.st_mode & 0777, 0600u);
+}
+
+TEST_F(ImageCommand, ShowsOnATerminalHowFarItHasComeAndTakesThatAway) {
+  winsize size{.ws_row = 24, .ws_col = 60, .ws_xpixel = 0, .ws_ypixel = 0};
+  int master = -1;
+  int slave = -1;
+  ASSERT_EQ(::openpty(&master, &slave, nullptr, nullptr, &size), 0);
+  const UniqueFd terminal(master);
+  UniqueFd its_end(slave);
+  Child command([&](const Channel&) {
+    ::dup2(its_end.get(), STDERR_FILENO);
+    ::execl(built("uffdkit").c_str(), "uffdkit", "image", "create", "--json", "--raw", raw_.path().c_str(),
+            image_.c_str(), nullptr);
+    return 127;
+  });
+  its_end.reset();
+  std::string shown;
+  std::array<char, 4096> piece;
+  for (ssize_t bytes = 0; (bytes = ::read(terminal.get(), piece.data(), piece.size())) > 0;)
+    shown.append(piece.data(), static_cast<std::size_t>(bytes));
+  EXPECT_EQ(command.wait(), 0);
+  constexpr std::string_view kTakenAway = "\r\033[K";
+  EXPECT_EQ(shown.find("\rcreate "), 0u) << shown;
+  EXPECT_TRUE(shown.ends_with(kTakenAway)) << shown;
+  for (std::size_t at = 0; at < shown.size();) {
+    const std::size_t end = std::min(shown.find('\r', at + 1), shown.size());
+    EXPECT_LT(end - at, 60 + kTakenAway.size()) << shown;
+    at = end;
+  }
 }
 
 TEST_F(ImageCommand, DiffsAreMadeConvertedAndApplied) {
