@@ -41,6 +41,10 @@ Result<image::Parent> as_parent(const image::OpenImage& opened, const std::strin
         Error(fmt::format("{} has {} layers, and no image has more", path, image::kLayersMax), EMLINK)
             .with_remedy("make a whole image of it: uffdkit image apply"));
   std::error_code error;
+  for (const auto& layer : opened.layers)
+    if (std::filesystem::equivalent(layer->name(), out, error))
+      return Failure(Error(fmt::format("{} is part of {}, and would be lost", out, path), EEXIST)
+                         .with_remedy("give OUT another name; a diff needs its parents"));
   const std::filesystem::path real = std::filesystem::canonical(path, error);
   const std::filesystem::path folder = std::filesystem::path(out).parent_path();
   if (error || !std::filesystem::equivalent(real.parent_path(), folder.empty() ? "." : folder, error))
@@ -159,7 +163,9 @@ Result<image::Written> diff(const Options& options) {
                                         kept ? kept->pages() : std::vector<bool>());
   Result<image::Written> written = write(*source, *parent, std::move(regions), options.output, "diff");
   if (written && kept)
-    if (auto set = kept->write_for(written->record); !set) return Failure(std::move(set).error());
+    if (auto set = kept->write_for(written->record); !set)
+      return Failure(
+          std::move(set).error().within(options.output.path + " is made, but not its working set"));
   return written;
 }
 
@@ -234,7 +240,7 @@ void add_image_diff(CLI::App& image, int& exit_code) {
   command->add_option(
       "--working-set", options->working_set,
       "SET: what was recorded of MEMORY: its pages are stored also where both have them alike, "
-      "so that they are decompressed without others; it goes along as OUT.ws");
+      "and it goes along as OUT.ws");
 }
 
 void add_image_apply(CLI::App& image, int& exit_code) {

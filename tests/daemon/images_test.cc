@@ -162,6 +162,16 @@ TEST_F(ImageCommand, ADiffInAnotherFolderThanItsParentIsRefused) {
             std::string::npos);
 }
 
+TEST_F(ImageCommand, ADiffDoesNotReplaceWhatItIsMadeOf) {
+  const Image other(directory_ / "other", 1024, 2);
+  const std::string diff = directory_ / "diff";
+  image_command({"create", "--raw", raw_.path(), image_});
+  image_command({"diff", image_, other.path(), diff});
+  EXPECT_NE(failure({"diff", "--force", image_, image_, image_}).find("would be lost"), std::string::npos);
+  EXPECT_NE(failure({"diff", "--force", diff, raw_.path(), image_}).find("would be lost"), std::string::npos);
+  image_command({"verify", diff});
+}
+
 TEST_F(ImageCommand, WrongUseIsToldApartFromFailure) {
   EXPECT_NE(failure({"create", image_}, 2).find("--raw"), std::string::npos);
   EXPECT_NE(failure({"create", "--raw", raw_.path(), "--frame-size", "8K", image_}, 2).find("frame-size"),
