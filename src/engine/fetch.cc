@@ -37,10 +37,10 @@ void read_pieces(Fetch& fetch) {
   if (auto* ahead = dynamic_cast<ReadAhead*>(fetch.store.get())) {
     std::optional<std::uint64_t> told;
     for (const FetchPiece& piece : fetch.pieces) {
-      const std::uint64_t unit = ahead->unit_at(piece.from);
-      if (piece.granules.count == PageCount(1) && told == unit) continue;
-      ahead->will_need(piece.from, kPage4K.bytes(piece.granules.count));
-      told = unit;
+      const ByteCount bytes = kPage4K.bytes(piece.granules.count);
+      const std::uint64_t last = ahead->unit_at(piece.from + ByteCount(bytes.value - 1));
+      if (told != last || ahead->unit_at(piece.from) != last) ahead->will_need(piece.from, bytes);
+      told = last;
     }
   }
   std::size_t page = 0;

@@ -110,8 +110,9 @@ class LayeredStore final : public Store, public ReadAhead {
   }
   std::uint64_t unit_at(StoreOffset from) const noexcept override {
     const auto segment = segment_at(from.value);
-    // Zeros are not read.
-    if (segment->layer() == Segment::kZero) return Segment(0, Segment::kZero, 0).place();
+    // Zeros are not read: each page is for itself.
+    if (segment->layer() == Segment::kZero)
+      return Segment(0, Segment::kZero, from.value / kPageBytes).place();
     const std::uint64_t at = segment->stream_page() * kPageBytes + (from.value - segment->page * kPageBytes);
     return Segment(0, segment->layer(), layers_[segment->layer()]->frame_at(at)).place();
   }

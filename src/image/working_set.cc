@@ -11,12 +11,14 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
+#include <unordered_map>
 #include <utility>
 
 #include "base/check.h"
 #include "image/identity.h"
 #include "image/numbers.h"
 #include "image/varint.h"
+#include "store/read_ahead.h"
 
 namespace uffdkit::image {
 namespace {
@@ -240,6 +242,23 @@ void merge(WorkingSet& into, const WorkingSet& recording) {
   into.pages = std::move(merged);
   into.recordings = static_cast<std::uint32_t>(
       std::min<std::uint64_t>(std::uint64_t{into.recordings} + recording.recordings, UINT32_MAX));
+}
+
+std::vector<std::uint32_t> by_frames(const std::vector<std::uint32_t>& pages, const Store& store) {
+  const auto* frames = dynamic_cast<const ReadAhead*>(&store);
+  if (frames == nullptr || frames->is_only_copied()) return pages;
+  std::unordered_map<std::uint64_t, std::size_t> place_of;
+  std::vector<std::vector<std::uint32_t>> together;
+  for (const std::uint32_t page : pages) {
+    const std::uint64_t frame = frames->unit_at(StoreOffset(page * kPageBytes));
+    const auto [place, is_new] = place_of.try_emplace(frame, together.size());
+    if (is_new) together.emplace_back();
+    together[place->second].push_back(page);
+  }
+  std::vector<std::uint32_t> order;
+  order.reserve(pages.size());
+  for (const auto& frame : together) order.insert(order.end(), frame.begin(), frame.end());
+  return order;
 }
 
 Result<Identity> identity_of(Store& raw) {

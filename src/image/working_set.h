@@ -79,6 +79,10 @@ void add_run(std::vector<WorkingSetRun>& runs, const WorkingSetRun& run);
 // last ones first. The runs are those of `into`. Both are of the same memory.
 void merge(WorkingSet& into, const WorkingSet& recording);
 
+// These pages with all that lie in one frame of an image together, at the place of the first: it is
+// decompressed once for all of them. As they are where `store`, which shows the memory, has no frames.
+std::vector<std::uint32_t> by_frames(const std::vector<std::uint32_t>& pages, const Store& store);
+
 // What tells the memory of a raw file from another's: a hash of its length and of 64 of its pages. Reads
 // those, and may block.
 Result<Identity> identity_of(Store& raw);

@@ -6,39 +6,14 @@
 #include <uffdkit/unique_fd.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <filesystem>
 #include <system_error>
-#include <unordered_map>
 #include <utility>
 
 #include "image/output_file.h"
-#include "store/read_ahead.h"
 
 namespace uffdkit {
-namespace {
-
-// All that are in one frame of an image together, at the place of the first: it is decompressed once for all
-// of them.
-std::vector<std::uint32_t> by_frames(const std::vector<std::uint32_t>& pages, Store& store) {
-  const auto* frames = dynamic_cast<const ReadAhead*>(&store);
-  if (frames == nullptr || frames->is_only_copied()) return pages;
-  std::unordered_map<std::uint64_t, std::size_t> place_of;
-  std::vector<std::vector<std::uint32_t>> together;
-  for (const std::uint32_t page : pages) {
-    const std::uint64_t frame = frames->unit_at(StoreOffset(page * image::kPageBytes));
-    const auto [place, is_new] = place_of.try_emplace(frame, together.size());
-    if (is_new) together.emplace_back();
-    together[place->second].push_back(page);
-  }
-  std::vector<std::uint32_t> order;
-  order.reserve(pages.size());
-  for (const auto& frame : together) order.insert(order.end(), frame.begin(), frame.end());
-  return order;
-}
-
-}  // namespace
 
 Result<std::shared_ptr<ImageWorkingSet>> ImageWorkingSet::open(int file, const image::OpenImage& image,
                                                                const std::string& name) {
@@ -89,7 +64,7 @@ std::optional<Error> ImageWorkingSet::problem() {
 
 void ImageWorkingSet::use(const image::WorkingSet& set, Store& store) {
   auto order =
-      set.pages.empty() ? nullptr : std::make_shared<const PrefetchOrder>(by_frames(set.pages, store));
+      set.pages.empty() ? nullptr : std::make_shared<const PrefetchOrder>(image::by_frames(set.pages, store));
   const std::lock_guard lock(mutex_);
   order_ = std::move(order);
 }

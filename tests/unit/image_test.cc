@@ -19,6 +19,7 @@
 
 #include "image/check_image.h"
 #include "image/output_file.h"
+#include "image/working_set.h"
 #include "image/write_image.h"
 #include "store/read_ahead.h"
 #include "support/image.h"
@@ -281,6 +282,23 @@ TEST_F(Images, PagesOfOneFrameAreOneUnitAndThoseOfOthersAreNot) {
   // Those that are stored in the diff are together there.
   EXPECT_EQ(unit(1), unit(40));
   EXPECT_NE(unit(1), unit(2));
+}
+
+TEST_F(Images, PagesOfAWorkingSetAreOrderedByTheFirstOfTheirFrame) {
+  Bytes memory(64 * kPageBytes);
+  for (std::size_t page = 0; page < 64; ++page)
+    if (page != 3 && page != 50) put_page(memory, page, page);
+  make("base", memory);
+  const OpenImage base = open("base");
+  std::vector<bool> kept(64);
+  for (const std::size_t page : {1u, 17u, 40u}) kept[page] = true;
+  const auto source = difference(base.store, base.store, memory.size(), kept);
+  const Parent parent{.name = "base", .identity = base.layers.front()->record().identity};
+  ASSERT_TRUE(write_image(*source, directory_ / "diff", parent, {}, {}));
+  const std::vector<std::uint32_t> order = {40, 0, 3, 2, 17, 50, 16};
+  // Pages of zeros lie in none.
+  EXPECT_EQ(by_frames(order, *open("diff").store), (std::vector<std::uint32_t>{40, 17, 0, 2, 3, 50, 16}));
+  EXPECT_EQ(by_frames(order, *make_memory_store(memory)), order);
 }
 
 TEST_F(Images, DataOfSeveralLayersThatLiesTogetherIsOneExtent) {

@@ -201,10 +201,13 @@ class CopyingStore final : public FakeStore, public ReadAhead {
  public:
   using FakeStore::FakeStore;
   std::set<std::uint64_t> told;  // pages that will be needed
+  unsigned times_told = 0;
+  std::uint64_t unit_pages = 1;
   void will_need(StoreOffset from, ByteCount bytes) noexcept override {
+    ++times_told;
     for (std::uint64_t at = 0; at < bytes.value; at += kPage) told.insert((from.value + at) / kPage);
   }
-  std::uint64_t unit_at(StoreOffset from) const noexcept override { return from.value / kPage; }
+  std::uint64_t unit_at(StoreOffset from) const noexcept override { return from.value / kPage / unit_pages; }
   bool is_only_copied() const noexcept override { return true; }
 };
 

@@ -301,7 +301,7 @@ TEST_F(Prefetch, LittleIsUnderWayForAsLongAsAFaultForAnotherPageWaits) {
   bring();
   settle();
   ASSERT_EQ(host_.fetches.size(), 1u);
-  EXPECT_LE(host_.fetches.front()->granules.value, 16u);
+  EXPECT_LE(host_.fetches.front()->granules.value, 4u);
 }
 
 class PrefetchWithNeighbours : public Prefetch {
@@ -367,6 +367,16 @@ TEST_F(PrefetchAtHand, WhatHasToBeWaitedForGoesToTheLane) {
   bring_all();
   EXPECT_EQ(present(), (std::vector<std::uint64_t>{1029, 1030, 1033}));
   EXPECT_EQ(copies_->told, (std::set<std::uint64_t>{5, 6, 9}));
+}
+
+TEST_F(PrefetchAtHand, TheStoreIsToldOnceOfWhatItReadsAsAWhole) {
+  copies_->cached = false;
+  copies_->unit_pages = 16;
+  prefetch({0, 1, 3, 5, 20, 31, 32});
+  bring_all();
+  // Of 0 to 5, which are one; of 20; of 31 and 32, which are two.
+  EXPECT_EQ(copies_->times_told, 3u);
+  EXPECT_TRUE(copies_->told.contains(0));
 }
 
 TEST_F(PrefetchAtHand, AFaultIsServedBetweenTwoPiecesOfIt) {
