@@ -259,7 +259,7 @@ class Session {
     bool paused = false;             // it cannot be read, and is not tried again before resume()
     bool no_memory = false;          // why it was put off the last time; else the client was changing
     bool in_vain = false;            // its fetch could put the page nowhere
-    bool unexpected = false;         // nobody could tell that the page would be asked for
+    bool unexpected = false;         // as note() has it
     // Whether it is to be tried now or at a time.
     bool is_waiting() const { return fetch == 0 && !blocked && !paused; }
   };
@@ -470,7 +470,7 @@ class Session {
 
   // ---- session_streams.cc: clients that go through their memory in order
   // A page is asked for, whatever it is, and whether or not for the first time: for who follows streams, and
-  // for note_wanted(). Likewise true.
+  // for note_wanted(). True if nobody could tell that it would be.
   bool note(const Segment& segment, PageIndex granule);
   // A stream has come to where it was expected.
   void stream_went_on();

@@ -109,8 +109,11 @@ Session::Prefetching& Session::prefetching() {
 
 Session::Pace Session::pace() const {
   const unsigned depth = prefetching_->depth;
+  const auto waits_for_the_store = [](const Pending& pending) {
+    return pending.unexpected && (pending.fetch != 0 || pending.blocked);
+  };
   if (host_.now_ns() - prefetching_->missed_at_ns >= kBesideNs &&
-      std::ranges::none_of(pending_, &Pending::unexpected))
+      std::ranges::none_of(pending_, waits_for_the_store))
     return {.batch_pages = kPagesPerBatch, .batches = depth, .step_pages = kInstalledPerStep};
   return {.batch_pages = kPagesPerBatchBeside,
           .batches = std::min(depth, kDepthBeside),
