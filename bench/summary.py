@@ -40,9 +40,9 @@ def speed_of_job(way):
 
 # Question, against what, the bar, whether a value above or below it is good, and how the value is found.
 QUESTIONS = [
-    *[(f"a fault, 1 to 4 threads, {placement}: p50", "raw read+pread+COPY, placed likewise", 1.10, "below",
-       worst("fault_latency", "fault_latency_threads", member="p50_ratio", contender=ONE_PAGE, placement=placement))
-      for placement in ("same CPU", "other CPU")],
+    *[(f"a fault, 1 to 4 threads, {placement}: {name}", "raw read+pread+COPY, placed likewise", 1.10, "below",
+       worst("fault_latency", "fault_latency_threads", member=member, contender=ONE_PAGE, placement=placement))
+      for placement in ("same CPU", "other CPU") for name, member in (("p50", "p50_ratio"), ("mean", "mean_ratio"))],
     ("a fault, placed freely: p50", "raw poll+read+pread+COPY, likewise", 1 / 3, "below",
      quotient(only("fault_latency", "fault_latency", member="p50_us", contender=ONE_PAGE, placement="free"),
               only("fault_latency", "fault_latency", member="p50_us", contender="raw poll+read+pread+COPY",
@@ -57,8 +57,9 @@ QUESTIONS = [
     *[("resume with a working set, cold disk: speed", way, 1.0, "above",
        quotient(speed_of_job(way), speed_of_job(WORKING_SET)))
       for way in ("all of it read first", "mmap MAP_PRIVATE of the file")],
-    *[(f"the same from a compressed image, {state}: speed", "from a raw one", bar, "above",
-       only("image_resume", "image_resume", member="speed", state=state, way="working set"))
+    *[(f"the same from a compressed image{how}, {state}: speed", "from a raw one", bar, "above",
+       only("image_resume", "image_resume", member="speed", state=state, way=way))
+      for way, how in (("working set, stored for itself", " with the set for itself"), ("working set", ""))
       for state, bar in (("another client had it before", 0.8), ("file in page cache", 0.8), ("cold disk", 1.0))],
     ("a fault while a working set is brought, page cache: p99", "alone", 3.0, "below",
      last("working_set", "working_set_faults", member="p99_ratio", cache="page cache")),

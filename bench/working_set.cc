@@ -159,7 +159,8 @@ void measure_job(const Options& options, const std::string& raw, const std::stri
 // Faults for pages that are not in the working set, while it is brought.
 void measure_faults(const Options& options, const std::string& raw, std::uint64_t bytes,
                     const Settings& settings, Report& report) {
-  const unsigned rounds = options.rounds_or(3);
+  // A p99 of a disk differs from run to run.
+  const unsigned rounds = options.rounds_or(9);
   Random random(8);
   const Pages order = shuffled(bytes / kPageBytes, random);
   const std::size_t in_set = std::max<std::size_t>(1, order.size() * settings.percent / 100);
