@@ -110,15 +110,16 @@ class KeptSet {
   // it cannot be written.
   static Result<KeptSet> open(const std::string& path, const image::OpenImage& opened,
                               const OutputOptions& output) {
-    Result<std::optional<image::WorkingSet>> set = working_set_of(opened, path);
-    if (!set) return Failure(std::move(set).error());
-    if (!*set)
+    Result<std::optional<image::WorkingSet>> read = working_set_of(opened, path);
+    if (!read) return Failure(std::move(read).error());
+    std::optional<image::WorkingSet>& set = *read;
+    if (!set)
       return Failure(Error::from_open("the working set " + path, ENOENT)
                          .with_remedy("record one: uffdkit serve --record"));
     Result<image::OutputFile> file =
         image::OutputFile::create(output.path + image::kWorkingSetSuffix, output.force);
     if (!file) return Failure(std::move(file).error());
-    return KeptSet(**std::move(set), *std::move(file));
+    return KeptSet(*std::move(set), *std::move(file));
   }
 
   std::vector<bool> pages() const {
