@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <cerrno>
 #include <cstddef>
 #include <filesystem>
 #include <fstream>
@@ -42,9 +43,16 @@ bool gather_into_huge_page(int file, std::uint64_t offset) {
   // The kernel gathers what lies at an aligned address.
   void* const pages = take_addresses(kHugePageBytes, kHugePageBytes);
   if (pages == MAP_FAILED) return false;
-  const bool gathered = ::mmap(pages, kHugePageBytes, PROT_READ, MAP_PRIVATE | MAP_FIXED, file,
-                               static_cast<off_t>(offset)) != MAP_FAILED &&
-                        ::madvise(pages, kHugePageBytes, kMadvCollapse) == 0;
+  bool gathered = false;
+  if (::mmap(pages, kHugePageBytes, PROT_READ, MAP_PRIVATE | MAP_FIXED, file, static_cast<off_t>(offset)) !=
+      MAP_FAILED) {
+    // Somebody who looks at one of the pages at that moment is in the way.
+    constexpr int kAttemptsMax = 4;
+    for (int attempt = 0; !gathered && attempt < kAttemptsMax; ++attempt) {
+      gathered = ::madvise(pages, kHugePageBytes, kMadvCollapse) == 0;
+      if (!gathered && errno != EAGAIN && errno != EBUSY) break;
+    }
+  }
   ::munmap(pages, kHugePageBytes);
   return gathered;
 }
