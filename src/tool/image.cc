@@ -68,12 +68,14 @@ image::ImageOpener make_opener() {
 Result<std::optional<image::WorkingSet>> working_set_of(const image::OpenImage& opened,
                                                         const std::string& path) {
   Result<std::optional<image::WorkingSet>> set = image::read_working_set(path);
-  if (!set || !*set) return set;
+  if (!set) return set;
+  const std::optional<image::WorkingSet>& recorded = *set;
+  if (!recorded) return set;
   const Result<image::Identity> identity =
       opened.is_raw() ? image::identity_of(*opened.store) : opened.layers.front()->record().identity;
   if (!identity) return Failure(identity.error());
-  if (auto own =
-          image::check_recorded_of(**set, *identity, opened.store->size().value / image::kPageBytes, path);
+  if (auto own = image::check_recorded_of(*recorded, *identity,
+                                          opened.store->size().value / image::kPageBytes, path);
       !own)
     return Failure(std::move(own).error());
   return set;
