@@ -190,8 +190,9 @@ Result<image::Written> convert(const Options& options) {
   if (!opened) return Failure(std::move(opened).error());
   if (opened->is_raw() || !opened->layers.front()->record().is_diff) return apply(options);
   const image::Record& record = opened->layers.front()->record();
-  Result<image::Parent> parent = as_parent({.store = opened->store, .layers = {opened->layers[1]}},
-                                           opened->layers[1]->name(), options.output.path);
+  Result<image::Parent> parent =
+      as_parent({.store = opened->store, .layers = {opened->layers.begin() + 1, opened->layers.end()}},
+                opened->layers[1]->name(), options.output.path);
   if (!parent) return Failure(std::move(parent).error());
   const auto source = image::memory_with_runs(opened->store, opened->raw_bytes, record.runs);
   return write(*source, *parent, record.regions, options.output, "convert");

@@ -169,6 +169,9 @@ TEST_F(ImageCommand, ADiffDoesNotReplaceWhatItIsMadeOf) {
   image_command({"diff", image_, other.path(), diff});
   EXPECT_NE(failure({"diff", "--force", image_, image_, image_}).find("would be lost"), std::string::npos);
   EXPECT_NE(failure({"diff", "--force", diff, raw_.path(), image_}).find("would be lost"), std::string::npos);
+  const std::string second = directory_ / "second";
+  image_command({"diff", diff, raw_.path(), second});
+  EXPECT_NE(failure({"convert", "--force", second, image_}).find("would be lost"), std::string::npos);
   image_command({"verify", diff});
 }
 
