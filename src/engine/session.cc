@@ -282,7 +282,7 @@ PendingWhy Session::why(const Pending& pending) {
   PageTable& table = state_.table(segment->region);
   if (table.get(wanted) != PageState::absent) return false;
   PageRange run = plan_fault(table, *segment, wanted, options_.fault_around, Lost::store).granules;
-  if (run.count > kOneGranule && prefetching_ != nullptr) run = expected_of(*segment, run, wanted);
+  if (run.count > kOneGranule) run = expected_of(*segment, run, wanted);
   const StoreOffset offset = offset_of(*segment, run.first);
   Store& store = *serving.lane->store();
   const StoreOffset wanted_offset = offset + kPage4K.bytes(wanted - run.first);
@@ -494,9 +494,7 @@ void Session::apply(const ForkEvent& event) {
   switch (plan.action) {
     case FaultPlan::Action::read:
       if (shared) return serve_shared(pending, *segment, plan.granules, wanted);
-      return serve_read(
-          pending, *segment,
-          prefetching_ != nullptr ? expected_of(*segment, plan.granules, wanted) : plan.granules, wanted);
+      return serve_read(pending, *segment, expected_of(*segment, plan.granules, wanted), wanted);
     case FaultPlan::Action::zero:
       return served_by(put(*segment, plan.granules, {}), pending, *segment, wanted);
     case FaultPlan::Action::poison:

@@ -140,12 +140,11 @@ bool Session::note_wanted(const Segment& segment, PageIndex granule) {
 }
 
 PageRange Session::expected_of(const Segment& segment, PageRange run, PageIndex wanted) const {
-  const Prefetching& prefetching = *prefetching_;
-  if (!prefetching.order || serving_[segment.region].lane != prefetching.lane ||
-      granules_per_page(segment) > kOneGranule)
+  if (prefetching_ == nullptr || !prefetching_->order ||
+      serving_[segment.region].lane != prefetching_->lane || granules_per_page(segment) > kOneGranule)
     return run;
   const PageCount before = kPage4K.pages(ByteCount(offset_of(segment, PageIndex(0)).value));
-  const auto is_expected = [&](PageIndex granule) { return prefetching.order->has(granule + before); };
+  const auto is_expected = [&](PageIndex granule) { return prefetching_->order->has(granule + before); };
   if (!is_expected(wanted)) return run;
   PageIndex first = wanted;
   while (first > run.first && is_expected(PageIndex(first.value - 1))) first = PageIndex(first.value - 1);

@@ -19,13 +19,15 @@ class Segment {
   static constexpr std::uint64_t kZero = 0xff;  // in place of a layer
 
   Segment(std::uint64_t first_page, std::uint64_t in_layer, std::uint64_t at_stream_page)
-      : page(first_page), place_(in_layer << kPageBits | at_stream_page) {}
+      : page(first_page), place_(in_one(in_layer, at_stream_page)) {}
 
   std::uint64_t layer() const { return place_ >> kPageBits; }
   // Of the layer's stream.
   std::uint64_t stream_page() const { return place_ & ((std::uint64_t{1} << kPageBits) - 1); }
-  // Both in one number.
-  std::uint64_t place() const { return place_; }
+  // A layer, and a page or frame of its, as one number.
+  static std::uint64_t in_one(std::uint64_t in_layer, std::uint64_t number) {
+    return in_layer << kPageBits | number;
+  }
   // What is left of it without its first pages.
   Segment without(std::uint64_t pages) const {
     return {page + pages, layer(), layer() == kZero ? 0 : stream_page() + pages};
@@ -85,8 +87,8 @@ class LayeredStore final : public Store, public ReadAhead {
       if (segment->layer() == Segment::kZero) {
         std::memset(part.data(), 0, part.size());
       } else {
-        Result<ReadStatus> read = layers_[segment->layer()]->read_stream(
-            segment->stream_page() * kPageBytes + (at - segment->page * kPageBytes), part, wait);
+        Result<ReadStatus> read =
+            layers_[segment->layer()]->read_stream(stream_offset(segment, at), part, wait);
         if (!read)
           return Failure(std::move(read).error().within(fmt::format("read {} at offset {}", name_, at)));
         if (*read != ReadStatus::done) return read;
@@ -103,18 +105,16 @@ class LayeredStore final : public Store, public ReadAhead {
     for (auto segment = segment_at(at); at < end; ++segment) {
       const std::uint64_t part_end = std::min(end, start_of(segment + 1));
       if (segment->layer() != Segment::kZero)
-        layers_[segment->layer()]->will_need(
-            segment->stream_page() * kPageBytes + (at - segment->page * kPageBytes), part_end - at);
+        layers_[segment->layer()]->will_need(stream_offset(segment, at), part_end - at);
       at = part_end;
     }
   }
   std::uint64_t unit_at(StoreOffset from) const noexcept override {
     const auto segment = segment_at(from.value);
     // Zeros are not read: each page is for itself.
-    if (segment->layer() == Segment::kZero)
-      return Segment(0, Segment::kZero, from.value / kPageBytes).place();
-    const std::uint64_t at = segment->stream_page() * kPageBytes + (from.value - segment->page * kPageBytes);
-    return Segment(0, segment->layer(), layers_[segment->layer()]->frame_at(at)).place();
+    if (segment->layer() == Segment::kZero) return Segment::in_one(Segment::kZero, from.value / kPageBytes);
+    return Segment::in_one(segment->layer(),
+                           layers_[segment->layer()]->frame_at(stream_offset(segment, from.value)));
   }
   bool is_only_copied() const noexcept override { return false; }
 
@@ -135,6 +135,10 @@ class LayeredStore final : public Store, public ReadAhead {
 
   Place segment_at(std::uint64_t offset) const {
     return std::ranges::upper_bound(segments_, offset / kPageBytes, {}, &Segment::page) - 1;
+  }
+  // Where its layer's stream has the byte at `offset`, which lies in the segment.
+  static std::uint64_t stream_offset(Place segment, std::uint64_t offset) {
+    return segment->stream_page() * kPageBytes + (offset - segment->page * kPageBytes);
   }
   std::uint64_t start_of(Place segment) const {
     return segment == segments_.end() ? bytes_ : segment->page * kPageBytes;

@@ -10,6 +10,15 @@
 #include <utility>
 
 namespace uffdkit::tool {
+namespace {
+
+std::size_t terminal_columns() {
+  constexpr std::size_t kUnknown = 80;
+  winsize size{};
+  return ::ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : kUnknown;
+}
+
+}  // namespace
 
 std::string size_text(std::uint64_t bytes) {
   static constexpr std::array kUnits = {"KiB", "MiB", "GiB", "TiB", "PiB"};
@@ -41,16 +50,6 @@ std::string progress_line(const std::string& what, std::uint64_t done, std::uint
   const auto full = static_cast<std::size_t>(part * static_cast<double>(width));
   return fmt::format("{} [{}{}]{}", what, std::string(full, '#'), std::string(width - full, ' '), text);
 }
-
-namespace {
-
-std::size_t terminal_columns() {
-  constexpr std::size_t kUnknown = 80;
-  winsize size{};
-  return ::ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : kUnknown;
-}
-
-}  // namespace
 
 ProgressBar::ProgressBar(std::string what) : what_(std::move(what)), shown_(::isatty(STDERR_FILENO) == 1) {}
 
