@@ -3,7 +3,6 @@
 
 #include <map>
 #include <memory>
-#include <numeric>
 #include <string>
 #include <vector>
 
@@ -48,7 +47,7 @@ struct Contender {
     server_switches += context_switches(server->pid()) - server_before;
     client_switches += client->context_switches() - client_before;
     p50_ns.push_back(median(ns));
-    mean_ns.push_back(std::accumulate(ns.begin(), ns.end(), 0.0) / static_cast<double>(ns.size()));
+    mean_ns.push_back(mean(ns));
     all_ns.insert(all_ns.end(), ns.begin(), ns.end());
   }
   void forget() {
@@ -102,7 +101,7 @@ nlohmann::ordered_json row_of(const Placement& placement, const Contender& conte
           {"contender", contender.name},
           {"p50_us", median(contender.all_ns) / 1000},
           {"p99_us", quantile(contender.all_ns, 0.99) / 1000},
-          {"mean_us", std::accumulate(contender.all_ns.begin(), contender.all_ns.end(), 0.0) / faults / 1000},
+          {"mean_us", mean(contender.all_ns) / 1000},
           {"p50_ratio", median_ratio(contender.p50_ns, raw.p50_ns)},
           {"p99_ratio", quantile(contender.all_ns, 0.99) / quantile(raw.all_ns, 0.99)},
           {"mean_ratio", median_ratio(contender.mean_ns, raw.mean_ns)},
@@ -142,8 +141,7 @@ void measure_one(const Options& options, const Settings& settings, const std::st
   }
   report.note(
       "p50 / raw is the median over rounds of the ratio of the two medians of the round, mean / raw that of "
-      "the two "
-      "means.");
+      "the two means.");
 }
 
 // Several threads, which fault at once.

@@ -23,6 +23,11 @@ double median(std::vector<T> samples) {
   return quantile(std::move(samples), 0.5);
 }
 
+template <class T>
+double mean(const std::vector<T>& samples) {
+  return std::accumulate(samples.begin(), samples.end(), 0.0) / static_cast<double>(samples.size());
+}
+
 // The median of a[i] / b[i]: rounds that ran one beside the other are compared, so that what disturbs the
 // machine for a while disturbs both sides of a ratio.
 inline double median_ratio(const std::vector<double>& a, const std::vector<double>& b) {

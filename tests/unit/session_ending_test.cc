@@ -9,6 +9,18 @@ namespace {
 
 using namespace session_fixture;
 
+// Until the session ends, at most so many steps; what it wants to read meanwhile is read.
+void run_to_end(Session& session, FakeHost& host, int steps_max) {
+  for (int i = 0; i < steps_max && !session.end(); ++i) {
+    session.step();
+    if (host.fetches.empty()) continue;
+    auto fetch = std::move(host.fetches.front());
+    host.fetches.pop_front();
+    read_fetch(*fetch);
+    session.fetched(std::move(fetch));
+  }
+}
+
 // ---- ends -------------------------------------------------------------------------------------------------
 
 TEST_F(SessionTest, DetachingBringsEverythingAndUnregisters) {
@@ -21,14 +33,7 @@ TEST_F(SessionTest, DetachingBringsEverythingAndUnregisters) {
     ASSERT_TRUE(session.add_region(pages(0, 1000), StoreOffset(0), kPage4K, lane_));
     kernel.removed(pages(20, 2));
     session.begin_detach(Unreadable::poison);
-    for (int i = 0; i < 10'000 && !session.end(); ++i) {
-      session.step();
-      if (host_.fetches.empty()) continue;
-      auto fetch = std::move(host_.fetches.front());
-      host_.fetches.pop_front();
-      read_fetch(*fetch);
-      session.fetched(std::move(fetch));
-    }
+    run_to_end(session, host_, 10'000);
     EXPECT_EQ(session.end(), SessionEnd::detached);
     for (std::uint64_t page = 0; page < 1000; ++page) {
       const auto found = kernel.present.find(pages(page).start.value);
@@ -152,14 +157,7 @@ TEST_F(SessionTest, DetachingEndsThoughSomePagesCannotBePut) {
     Session session(Uffd::adopt(3, Features(), kernel), SessionState::create("fake").value(), {}, {}, host_);
     ASSERT_TRUE(session.add_region(pages(0, 16), StoreOffset(0), kPage4K, lane_));
     session.begin_detach(Unreadable::poison);
-    for (int i = 0; i < 100 && !session.end(); ++i) {
-      session.step();
-      if (host_.fetches.empty()) continue;
-      auto fetch = std::move(host_.fetches.front());
-      host_.fetches.pop_front();
-      read_fetch(*fetch);
-      session.fetched(std::move(fetch));
-    }
+    run_to_end(session, host_, 100);
     EXPECT_EQ(session.end(), SessionEnd::detached);
     EXPECT_EQ(kernel.present.size(), 15u);
   }
