@@ -90,9 +90,13 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   void update_shape();
 
   SessionStatus status() const;
+  // Whether the client's memory is still there; and how many faults it has had.
+  bool target_alive() const { return session_.uffd().target_alive(); }
+  std::uint64_t faults() const { return session_.counters().faults.load(std::memory_order_relaxed); }
   int uffd() const { return session_.uffd().fd(); }
   int state_file() const { return session_.state().fd(); }
   int process() const { return process_ ? process_->get() : -1; }
+  bool has_parent() const { return parent_ != 0; }
 
   // FetchSink
   void fetched(std::unique_ptr<Fetch> fetch) override;

@@ -22,6 +22,7 @@
 
 #include "base/step.h"
 #include "engine/actor.h"
+#include "engine/target_watch.h"
 
 namespace uffdkit {
 namespace {
@@ -36,6 +37,8 @@ constexpr std::size_t kWorkersMax = 64;
 constexpr std::size_t kScratchBytes = kFetchGranulesMax * 4096;
 // How long a command waits for a client that changes its address space without a pause.
 constexpr std::int64_t kCommandRetriesNs = 2'000'000'000;
+// How many clients' memory a worker looks at before it looks for faults: some tens of microseconds.
+constexpr std::size_t kTargetsAtOnce = 16;
 
 // What an epoll event is about: in the two lowest bits of its data, with the session's number above.
 enum class Source : std::uint64_t { uffd, process, queue, timer };
@@ -103,6 +106,9 @@ class Engine::Shared final : public ActorScheduler {
 
  private:
   Result<void> admit(SessionId id, const std::shared_ptr<Actor>& actor, bool must_be_watched);
+  // The client's memory is looked at from time to time, unless it is this process's own, which goes with it.
+  void watch_target(SessionId id, const Actor& actor);
+  void exit_was_told(SessionId id);
   SessionId next_session();
   Result<void> watch(int operation, int fd, std::uint32_t events, std::uint64_t data) const;
   struct Worker {
@@ -119,6 +125,10 @@ class Engine::Shared final : public ActorScheduler {
   void serve_event(Worker& worker);
   void run_queued(const Scratch& scratch);
   void run_what_is_due(const Scratch& scratch);
+  // Looks at the memory of some whose time to be looked at has come.
+  void look_at_targets();
+  // To the first of all times, with timer_mutex_ held.
+  void set_timer();
 
   const EngineOptions options_;
   const Threads threads_ = options_.threads;
@@ -126,7 +136,7 @@ class Engine::Shared final : public ActorScheduler {
 
   UniqueFd epoll_;
   UniqueFd queued_;        // an eventfd that counts what is in queue_
-  Timer timer_{threads_};  // fires when the first of due_ is due
+  Timer timer_{threads_};  // fires when the first of due_ and targets_ is due
   std::atomic<bool> stopping_{false};
   std::vector<std::unique_ptr<Worker>> workers_;
 
@@ -149,6 +159,8 @@ class Engine::Shared final : public ActorScheduler {
   std::mutex timer_mutex_;
   std::set<std::pair<std::int64_t, SessionId>> due_;
   std::unordered_map<SessionId, std::int64_t> due_of_;  // the same by session
+  TargetWatch targets_;
+  std::int64_t timer_at_ns_ = 0;  // what timer_ was set to; 0: it has fired
 };
 
 // ---- threads ----------------------------------------------------------------------------------------------
@@ -275,6 +287,7 @@ void Engine::Shared::serve_event(Worker& worker) {
       break;
     case Source::process:
       if (const auto actor = find(session)) {
+        exit_was_told(session);
         actor->post([](Session& served) { return served.check_target(), true; });
         actor->run(worker.scratch->bytes());
       }
@@ -302,13 +315,13 @@ void Engine::Shared::run_what_is_due(const Scratch& scratch) {
   std::vector<SessionId> now_due;
   {
     const std::lock_guard lock(timer_mutex_);
+    timer_at_ns_ = 0;
     const std::int64_t now = threads_.now_ns();
     while (!due_.empty() && due_.begin()->first <= now) {
       now_due.push_back(due_.begin()->second);
       due_of_.erase(due_.begin()->second);
       due_.erase(due_.begin());
     }
-    if (!due_.empty()) timer_.set(due_.begin()->first);
   }
   std::shared_ptr<Actor> own;
   for (const SessionId session : now_due) {
@@ -321,7 +334,36 @@ void Engine::Shared::run_what_is_due(const Scratch& scratch) {
     else
       own = actor;
   }
+  look_at_targets();
   if (own) own->run(scratch.bytes());
+}
+
+void Engine::Shared::look_at_targets() {
+  std::vector<SessionId> due;
+  {
+    const std::lock_guard lock(timer_mutex_);
+    due = targets_.take_due(threads_.now_ns(), kTargetsAtOnce);
+  }
+  for (const SessionId session : due) {
+    const auto actor = find(session);
+    if (!actor) continue;
+    if (actor->target_alive()) {
+      const std::lock_guard lock(timer_mutex_);
+      targets_.is_there(session, actor->faults(), threads_.now_ns());
+    } else if (actor->post([](Session& served) { return served.check_target(), true; })) {
+      schedule(session);
+    }
+  }
+  const std::lock_guard lock(timer_mutex_);
+  set_timer();
+}
+
+void Engine::Shared::set_timer() {
+  std::int64_t first = targets_.next_ns();
+  if (!due_.empty() && (first == 0 || due_.begin()->first < first)) first = due_.begin()->first;
+  if (first == 0 || first == timer_at_ns_) return;
+  timer_at_ns_ = first;
+  timer_.set(first);
 }
 
 // ---- ActorScheduler ---------------------------------------------------------------------------------------
@@ -354,7 +396,7 @@ void Engine::Shared::schedule_at(SessionId session, std::int64_t when_ns) {
   }
   due_of_[session] = when_ns;
   due_.emplace(when_ns, session);
-  if (due_.begin()->second == session) timer_.set(when_ns);
+  set_timer();
 }
 
 bool Engine::Shared::arm(SessionId session, int uffd) {
@@ -405,6 +447,10 @@ void Engine::Shared::ended(SessionId session) {
   actor = std::move(found->second);
   sessions_.erase(found);
   sessions_count_.store(sessions_.size(), std::memory_order_relaxed);
+  {
+    const std::lock_guard timer_lock(timer_mutex_);
+    targets_.remove(session);
+  }
   // Other holders of the descriptors may keep them open, so closing ours does not take them out of the set.
   (void)::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, actor->uffd(), nullptr);
   if (actor->process() >= 0) (void)::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, actor->process(), nullptr);
@@ -428,8 +474,6 @@ Result<SessionId> Engine::Shared::attach(Attachment attachment) {
                            ESTALE));
   }
   const bool taken_up = !attachment.state.layout().segments().empty();
-  // A child's process nobody knows.
-  const bool watched = attachment.process.has_value() || attachment.parent != 0;
   const SessionId id = attachment.id != 0 ? attachment.id : next_session();
   std::vector<std::shared_ptr<StoreLane>> lanes;
   for (const RegionRecord& region : attachment.state.regions())
@@ -443,10 +487,8 @@ Result<SessionId> Engine::Shared::attach(Attachment attachment) {
     if (attachment.shared) session.share_all(attachment.shared);
     if (taken_up)
       session.apply_inbox([&](int fd) { return attachment.may_adopt && attachment.may_adopt(fd); });
-    // Its process may go on without the memory, by exec, which no pidfd tells. One that is taken up is looked
-    // at now: workers that live for less than the time between two looks would keep the dead for ever.
-    if (watched && taken_up) session.check_target();
-    if (watched && !taken_up) session.watch_target();
+    // Workers that live for less than the time between two looks would keep the dead for ever.
+    if (taken_up) session.check_target();
     for (const RegionSpec& region : attachment.regions) {
       if (refused) return true;
       if (auto added = session.add_region(region.memory, region.offset, region.page_size, attachment.lane,
@@ -487,6 +529,7 @@ Result<void> Engine::Shared::admit(SessionId id, const std::shared_ptr<Actor>& a
     sessions_.emplace(id, actor);
     sessions_count_.store(sessions_.size(), std::memory_order_relaxed);
   }
+  watch_target(id, *actor);
   // Not armed yet: the first run arms it.
   Result<void> watched = watch(EPOLL_CTL_ADD, actor->uffd(), 0, event_data(Source::uffd, id));
   if (watched && actor->process() >= 0)
@@ -499,6 +542,19 @@ Result<void> Engine::Shared::admit(SessionId id, const std::shared_ptr<Actor>& a
   return {};
 }
 
+void Engine::Shared::watch_target(SessionId id, const Actor& actor) {
+  if (actor.process() < 0 && !actor.has_parent()) return;
+  const std::lock_guard lock(timer_mutex_);
+  targets_.add(id, actor.process() >= 0, threads_.now_ns());
+  set_timer();
+}
+
+void Engine::Shared::exit_was_told(SessionId id) {
+  const std::lock_guard lock(timer_mutex_);
+  targets_.exit_was_told(id, threads_.now_ns());
+  set_timer();
+}
+
 Result<SessionId> Engine::Shared::forked(SessionId parent, ForkedSession& child) {
   const SessionId id = next_session();
   const Result<SessionCounters*> counters =
@@ -507,10 +563,8 @@ Result<SessionId> Engine::Shared::forked(SessionId parent, ForkedSession& child)
   auto actor = std::make_shared<Actor>(id, parent, std::move(child.uffd), std::move(child.state),
                                        std::move(child.lanes), options_.session, std::nullopt, *this,
                                        listener_, threads_);
-  // Nobody knows the child's process: that it has ended is found by looking.
   actor->post([&child](Session& session) {
     session.share(child.shared);
-    session.watch_target();
     return true;
   });
   actor->prepare();
@@ -530,6 +584,7 @@ Result<SessionId> Engine::Shared::forked(SessionId parent, ForkedSession& child)
 void Engine::Shared::begin(SessionId child) {
   const std::shared_ptr<Actor> actor = find(child);
   if (!actor) return;
+  watch_target(child, *actor);
   actor->begin();
   // Its first run arms its descriptor.
   schedule(child);

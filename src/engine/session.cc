@@ -144,7 +144,6 @@ void Session::count_in(SessionCounters* counters) {
   bool all_served = true;
   bool populating = false;
   bool bringing = false;
-  if (!end_ && check_target_at_ns_ != 0 && check_target_at_ns_ <= host_.now_ns()) check_target();
   if (!end_ && waits_for_exit()) end_failed();
   if (!end_) all_read = drain();
   // For the watchdog, in case that serving it does not come back from the kernel.
@@ -186,7 +185,6 @@ void Session::count_in(SessionCounters* counters) {
     if (waits && prefetching_->background_at_ns > host_.now_ns()) sooner(prefetching_->background_at_ns);
   }
   if (ending_) sooner(host_.now_ns() + kEndingRetryNs);
-  sooner(check_target_at_ns_);
   sooner(read_not_before_ns_);
   next.reads = read_not_before_ns_ == 0;
   return next;

@@ -221,10 +221,8 @@ class Session {
   }
   // The same in any case.
   void stop() { finish(SessionEnd::abandoned); }
-  // Nobody will tell when the client's process ends: its memory is looked at from time to time from now on.
-  void watch_target();
-  // The process that handed the memory over has exited: ends as `gone` if the memory went with it. Another
-  // process's memory goes on being served, and is looked at again from time to time.
+  // The client's memory may be gone, because its process has exited or called exec(2): ends as `gone` if it
+  // is. The process that handed it over may not be the one whose memory it is; then it goes on being served.
   void check_target();
   // Notes the pages of this image that are asked for, from now on.
   void record(std::shared_ptr<AccessRecord> pages, std::shared_ptr<StoreLane> lane) {
@@ -534,9 +532,6 @@ class Session {
   std::unique_ptr<Prefetching> prefetching_;
   bool notes_wanted_ = false;  // one of these is there
 
-  std::int64_t check_target_at_ns_ = 0;  // 0: never
-  std::int64_t target_check_ns_ = 0;     // the pause before it
-  std::uint64_t faults_at_check_ = 0;    // how many there had been then
   std::int64_t read_not_before_ns_ = 0;  // the descriptors were used up
   // See fail().
   enum class Failing : std::uint8_t {

@@ -14,10 +14,6 @@ namespace {
 // How long an end is tried whose client still changes its address space: no more of these changes come when
 // all is unregistered, unless the client registers memory of its own.
 constexpr std::int64_t kEndingMaxNs = 10'000'000'000;
-// How often a client's memory is looked at, whether it is still there: at first, and at most. The pauses
-// double while the client does nothing, so that idle ones cost nothing to speak of.
-constexpr std::int64_t kTargetCheckFirstNs = 1'000'000'000;
-constexpr std::int64_t kTargetCheckMaxNs = 64'000'000'000;
 // How long a client that was killed is waited for: one that a debugger or a device holds may take for ever.
 constexpr std::int64_t kExitMaxNs = 10'000'000'000;
 // How often its process is looked at. The engine hears of its exit and looks then, unless it has heard
@@ -52,22 +48,13 @@ void Session::release() {
   releasing_ = true;
 }
 
-void Session::watch_target() {
-  const std::uint64_t faults = counters_->faults.load(std::memory_order_relaxed);
-  const bool idle = check_target_at_ns_ != 0 && faults == faults_at_check_;
-  target_check_ns_ = idle ? std::min(target_check_ns_ * 2, kTargetCheckMaxNs) : kTargetCheckFirstNs;
-  faults_at_check_ = faults;
-  check_target_at_ns_ = host_.now_ns() + target_check_ns_;
-}
-
 void Session::check_target() {
   if (end_) return;
   if (waits_for_exit()) {
     look_for_exit_at_ns_ = 0;
     return end_failed();
   }
-  if (!uffd_.target_alive()) return finish(SessionEnd::gone);
-  watch_target();
+  if (!uffd_.target_alive()) finish(SessionEnd::gone);
 }
 
 // mremap(2) can make a mapping longer, and tells nobody; the new part is registered like the rest. Whether
@@ -205,7 +192,6 @@ void Session::end_failed() {
   populate_again_ = false;
   // Of those whose answer has failed nobody knows any more.
   wake_all();
-  watch_target();
 }
 
 // Before the fork counts as applied: cut off in the middle, it is adopted and condemned again, or served.
