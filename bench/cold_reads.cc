@@ -2,10 +2,8 @@
 // read take then?
 #include <fcntl.h>
 #include <fmt/format.h>
-#include <linux/io_uring.h>
-#include <sys/mman.h>
+#include <liburing.h>
 #include <sys/resource.h>
-#include <sys/syscall.h>
 #include <uffdkit/unique_fd.h>
 #include <unistd.h>
 
@@ -101,92 +99,15 @@ void read_advised(const Job& job) {
   }
 }
 
-// ---- by io_uring, without a library -----------------------------------------------------------------------
-
-class Ring {
- public:
-  explicit Ring(unsigned entries) {
-    io_uring_params params{};
-    fd_.reset(static_cast<int>(::syscall(SYS_io_uring_setup, entries, &params)));
-    if (!fd_) fail("io_uring_setup");
-    ring_bytes_ = std::max<std::size_t>(params.sq_off.array + params.sq_entries * sizeof(std::uint32_t),
-                                        params.cq_off.cqes + params.cq_entries * sizeof(io_uring_cqe));
-    entries_bytes_ = params.sq_entries * sizeof(io_uring_sqe);
-    ring_ = map(ring_bytes_, IORING_OFF_SQ_RING);
-    entries_ = reinterpret_cast<io_uring_sqe*>(map(entries_bytes_, IORING_OFF_SQES));
-    sq_tail_ = word(params.sq_off.tail);
-    sq_mask_ = *word(params.sq_off.ring_mask);
-    sq_array_ = word(params.sq_off.array);
-    cq_head_ = word(params.cq_off.head);
-    cq_tail_ = word(params.cq_off.tail);
-    cq_mask_ = *word(params.cq_off.ring_mask);
-    completions_ = reinterpret_cast<io_uring_cqe*>(ring_ + params.cq_off.cqes);
-  }
-  ~Ring() {
-    ::munmap(ring_, ring_bytes_);
-    ::munmap(entries_, entries_bytes_);
-  }
-  Ring(const Ring&) = delete;
-  Ring& operator=(const Ring&) = delete;
-
-  void read(int file, std::byte* to, std::size_t bytes, std::uint64_t offset, std::uint64_t tag) {
-    const std::uint32_t tail = *sq_tail_;
-    const std::uint32_t index = tail & sq_mask_;
-    entries_[index] = {};
-    entries_[index].opcode = IORING_OP_READ;
-    entries_[index].fd = file;
-    entries_[index].addr = reinterpret_cast<std::uintptr_t>(to);
-    entries_[index].len = static_cast<std::uint32_t>(bytes);
-    entries_[index].off = offset;
-    entries_[index].user_data = tag;
-    sq_array_[index] = index;
-    std::atomic_ref(*sq_tail_).store(tail + 1, std::memory_order_release);
-    ++unsubmitted_;
-  }
-  // Begins what was put in, and waits for a read to be done.
-  void submit_and_wait() {
-    if (::syscall(SYS_io_uring_enter, fd_.get(), unsubmitted_, 1, IORING_ENTER_GETEVENTS, nullptr, 0) < 0)
-      fail("io_uring_enter");
-    unsubmitted_ = 0;
-  }
-  // Calls `done(tag, result)` for each read that is done.
-  template <class Done>
-  void reap(const Done& done) {
-    std::uint32_t head = *cq_head_;
-    const std::uint32_t tail = std::atomic_ref(*cq_tail_).load(std::memory_order_acquire);
-    for (; head != tail; ++head) {
-      const io_uring_cqe completion = completions_[head & cq_mask_];
-      done(completion.user_data, completion.res);
-    }
-    std::atomic_ref(*cq_head_).store(head, std::memory_order_release);
-  }
-
- private:
-  std::byte* map(std::size_t bytes, off_t offset) const {
-    void* memory =
-        ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd_.get(), offset);
-    if (memory == MAP_FAILED) fail("map an io_uring");
-    return static_cast<std::byte*>(memory);
-  }
-  std::uint32_t* word(std::uint32_t at) const { return reinterpret_cast<std::uint32_t*>(ring_ + at); }
-
-  UniqueFd fd_;
-  std::size_t ring_bytes_ = 0;
-  std::size_t entries_bytes_ = 0;
-  std::byte* ring_ = nullptr;
-  io_uring_sqe* entries_ = nullptr;
-  std::uint32_t* sq_tail_ = nullptr;
-  std::uint32_t sq_mask_ = 0;
-  std::uint32_t* sq_array_ = nullptr;
-  std::uint32_t* cq_head_ = nullptr;
-  std::uint32_t* cq_tail_ = nullptr;
-  std::uint32_t cq_mask_ = 0;
-  io_uring_cqe* completions_ = nullptr;
-  unsigned unsubmitted_ = 0;
-};
+// ---- by io_uring ------------------------------------------------------------------------------------------
 
 void read_by_ring(const Job& job) {
-  Ring ring(job.depth);
+  io_uring ring;
+  if (const int result = ::io_uring_queue_init(job.depth, &ring, 0); result < 0) {
+    errno = -result;
+    fail("io_uring_queue_init");
+  }
+  const std::unique_ptr<io_uring, decltype(&::io_uring_queue_exit)> ended(&ring, &::io_uring_queue_exit);
   const Buffer buffer = make_buffer(job.bytes * job.depth);
   std::vector<std::int64_t> begun(job.offsets.size());
   std::vector<std::size_t> free_buffers;
@@ -199,16 +120,27 @@ void read_by_ring(const Job& job) {
       begun[next] = monotonic_ns();
       buffer_of[next] = free_buffers.back();
       free_buffers.pop_back();
-      ring.read(job.file, buffer.get() + buffer_of[next] * job.bytes, job.bytes, job.offsets[next], next);
+      io_uring_sqe* entry = ::io_uring_get_sqe(&ring);
+      ::io_uring_prep_read(entry, job.file, buffer.get() + buffer_of[next] * job.bytes,
+                           static_cast<unsigned>(job.bytes), job.offsets[next]);
+      entry->user_data = next;
     }
-    ring.submit_and_wait();
+    if (const int result = ::io_uring_submit_and_wait(&ring, 1); result < 0) {
+      errno = -result;
+      fail("io_uring_submit_and_wait");
+    }
     const std::int64_t now = monotonic_ns();
-    ring.reap([&](std::uint64_t tag, std::int32_t result) {
-      if (result != static_cast<std::int32_t>(job.bytes)) fail("read by io_uring");
-      job.ns[tag] = static_cast<std::uint32_t>(now - begun[tag]);
-      free_buffers.push_back(buffer_of[tag]);
-      ++done;
-    });
+    unsigned head = 0;
+    unsigned count = 0;
+    const io_uring_cqe* completion = nullptr;
+    io_uring_for_each_cqe(&ring, head, completion) {
+      if (completion->res != static_cast<std::int32_t>(job.bytes)) fail("read by io_uring");
+      job.ns[completion->user_data] = static_cast<std::uint32_t>(now - begun[completion->user_data]);
+      free_buffers.push_back(buffer_of[completion->user_data]);
+      ++count;
+    }
+    ::io_uring_cq_advance(&ring, count);
+    done += count;
   }
 }
 
@@ -261,7 +193,7 @@ void measure(const Options& options, const Settings& settings, Report& report) {
        {"p50", "p50 us", 0},
        {"p99", "p99 us", 0},
        {"cpu", "CPU us a read", 1}});
-  for (const std::uint64_t size : {std::uint64_t{4096}, std::uint64_t{65536}})
+  for (const std::uint64_t size : {std::uint64_t{4096}, std::uint64_t{16384}, std::uint64_t{65536}})
     for (const unsigned depth : {1u, 4u, 16u, 32u}) {
       std::vector<Samples> samples(std::size(kWays));
       for (unsigned round = 0; round < rounds; ++round)

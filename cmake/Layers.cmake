@@ -44,7 +44,7 @@ function(tool name)
   target_compile_definitions(tool_objects PRIVATE UFFDKIT_VERSION="${PROJECT_VERSION}")
   target_link_libraries(tool_objects PRIVATE uffdkit_settings
                                      PUBLIC libuffdkit nlohmann_json::nlohmann_json CLI11::CLI11
-                                            PkgConfig::SYSTEMD PkgConfig::COMPRESSION PkgConfig::SECCOMP)
+                                            PkgConfig::SYSTEMD PkgConfig::COMPRESSION PkgConfig::SECCOMP PkgConfig::URING)
   set_property(GLOBAL PROPERTY UFFDKIT_TOOL_LAYERS ${ARGN})
   tool_program(${name})
   string(REPLACE ";" " " below_text "${ARGN}")

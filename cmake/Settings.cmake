@@ -22,6 +22,7 @@ find_package(CLI11 REQUIRED)
 pkg_check_modules(SYSTEMD REQUIRED IMPORTED_TARGET libsystemd)
 pkg_check_modules(COMPRESSION REQUIRED IMPORTED_TARGET libzstd libxxhash)
 pkg_check_modules(SECCOMP REQUIRED IMPORTED_TARGET libseccomp>=2.5)
+pkg_check_modules(URING REQUIRED IMPORTED_TARGET liburing>=2.3)
 
 find_program(CCACHE ccache)
 if(CCACHE)

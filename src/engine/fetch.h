@@ -10,7 +10,10 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <vector>
+
+#include "store/batch_reader.h"
 
 namespace uffdkit {
 
@@ -53,11 +56,17 @@ struct Fetch {
   std::uint64_t region_serial = 0;
 
   ByteCount bytes() const { return kPage4K.bytes(granules); }
+  std::span<std::byte> buffer_bytes() const { return {buffer.get(), bytes().value}; }
 };
 
 // Reads a fetch's bytes, waiting as long as it takes. When the whole cannot be read, each page is tried
 // alone, so that one bad page does not condemn its neighbours. A piece that cannot be read is left out whole.
-void read_fetch(Fetch& fetch);
+// Many small pieces are read by one of `readers` (nullptr: there are none) if one is free.
+void read_fetch(Fetch& fetch, BatchReaders* readers = nullptr);
+
+// Where the file is whose part fills the buffer of a fetch for a fault, if that is so small that a
+// BatchReader is the better the more such reads there are. None: read_fetch() it.
+std::optional<FilePart> small_part(const Fetch& fetch);
 
 // Reads what was not asked for, if none of it has to be waited for or worked for, holes and what is left out
 // included. False: some of it has, and what the buffer has is of no use.

@@ -8,7 +8,9 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <unordered_map>
 #include <utility>
+#include <vector>
 
 namespace uffdkit {
 namespace {
@@ -22,12 +24,22 @@ constexpr std::size_t kUnaskedQueuedMax = 32;
 struct Job {
   std::unique_ptr<Fetch> fetch;
   std::weak_ptr<FetchSink> sink;
+  bool alone = false;  // with others it could not be read
 };
+
+std::optional<FilePart> part_to_read_with_others(const Job& job) {
+  return job.alone ? std::nullopt : small_part(*job.fetch);
+}
+
+void give(Job job) {
+  if (const auto sink = job.sink.lock()) sink->fetched(std::move(job.fetch));
+}
 
 }  // namespace
 
 struct StoreLane::Shared {
-  Shared(ReadRetries how, Threads runner) : retries(how), run_by(runner) {}
+  Shared(ReadRetries how, Threads runner, std::shared_ptr<BatchReaders> all)
+      : retries(how), run_by(runner), readers(std::move(all)) {}
 
   // With `mutex` held: the most urgent job that may be begun now, if there is one.
   std::optional<Job> take() {
@@ -59,6 +71,13 @@ struct StoreLane::Shared {
     const bool waits = !queues[1].empty() || !queues[2].empty();
     return !queues[0].empty() || (waits && unasked < kUnaskedThreadsMax);
   }
+  // Whether the job and others that wait may be read together.
+  bool has_company(const Job& job) const {
+    return readers && !queues[0].empty() && part_to_read_with_others(job) &&
+           part_to_read_with_others(queues[0].front());
+  }
+  // Reads the job and what comes for faults meanwhile, until none of it is under way.
+  void read_together(std::unique_lock<std::mutex>& lock, Job first, BatchReader& reader);
   void push(Job job) { queues[static_cast<std::size_t>(job.fetch->urgency)].push_back(std::move(job)); }
 
   // Queues what is due, with `mutex` held; says when to look again.
@@ -73,6 +92,7 @@ struct StoreLane::Shared {
 
   const ReadRetries retries;
   const Threads run_by;
+  const std::shared_ptr<BatchReaders> readers;
   std::mutex mutex;
   Condition work{run_by};
   std::array<std::deque<Job>, 3> queues;   // by Urgency
@@ -85,12 +105,52 @@ struct StoreLane::Shared {
   bool closed = false;
 };
 
-StoreLane::StoreLane(std::shared_ptr<Store> store, ReadRetries retries, UniqueFd file, Threads threads)
-    : store_(std::move(store)), file_(std::move(file)), shared_(std::make_shared<Shared>(retries, threads)) {}
+void StoreLane::Shared::read_together(std::unique_lock<std::mutex>& lock, Job first, BatchReader& reader) {
+  std::unordered_map<std::uint64_t, Job> under_way;
+  std::uint64_t last_tag = 0;
+  const auto begin = [&](Job job, FilePart part) {
+    reader.begin(part, job.fetch->buffer_bytes(), ++last_tag);
+    under_way.emplace(last_tag, std::move(job));
+  };
+  const auto begin_next = [&] {
+    if (queues[0].empty()) return false;
+    const std::optional<FilePart> part = part_to_read_with_others(queues[0].front());
+    if (!part) return false;
+    Job job = std::move(queues[0].front());
+    queues[0].pop_front();
+    begin(std::move(job), *part);
+    return true;
+  };
+  const FilePart part = *part_to_read_with_others(first);
+  begin(std::move(first), part);
+  while (!under_way.empty()) {
+    while (under_way.size() < reader.most() && begin_next()) continue;
+    lock.unlock();
+    std::vector<Job> failed;
+    for (const BatchReader::Done& done : reader.wait()) {
+      Job job = std::move(under_way.extract(done.tag).mapped());
+      if (done.result == static_cast<std::int64_t>(job.fetch->bytes().value))
+        give(std::move(job));
+      else
+        failed.push_back(std::move(job));
+    }
+    lock.lock();
+    for (Job& job : failed) {
+      job.alone = true;
+      queues[0].push_front(std::move(job));
+      work.notify_one();
+    }
+  }
+}
+
+StoreLane::StoreLane(std::shared_ptr<Store> store, UniqueFd file, std::shared_ptr<Shared> shared)
+    : store_(std::move(store)), file_(std::move(file)), shared_(std::move(shared)) {}
 
 Result<std::shared_ptr<StoreLane>> StoreLane::create(std::shared_ptr<Store> store, ReadRetries retries,
-                                                     UniqueFd file, Threads threads) {
-  std::shared_ptr<StoreLane> lane(new StoreLane(std::move(store), retries, std::move(file), threads));
+                                                     UniqueFd file, Threads threads,
+                                                     std::shared_ptr<BatchReaders> readers) {
+  std::shared_ptr<StoreLane> lane(new StoreLane(
+      std::move(store), std::move(file), std::make_shared<Shared>(retries, threads, std::move(readers))));
   lane->shared_->threads = 1;
   if (!start_thread(lane->shared_))
     return Failure(Error("cannot start a thread for " + lane->store_->name(), EAGAIN)
@@ -164,13 +224,19 @@ void StoreLane::run(std::shared_ptr<Shared> shared) {
       continue;
     }
     Job job = *std::move(taken);
+    if (shared->has_company(job)) {
+      const BorrowedReader reader(shared->readers.get());
+      if (reader) {
+        shared->read_together(lock, std::move(job), *reader);
+        continue;
+      }
+    }
     lock.unlock();
     Fetch& fetch = *job.fetch;
     if (fetch.urgency != Urgency::demand) {
       // What cannot be read now is tried again when somebody asks for it.
-      read_fetch(fetch);
-      if (const auto sink = job.sink.lock()) sink->fetched(std::move(job.fetch));
-      job = {};
+      read_fetch(fetch, shared->readers.get());
+      give(std::move(job));
       lock.lock();
       --shared->unasked;
       continue;
@@ -183,8 +249,7 @@ void StoreLane::run(std::shared_ptr<Shared> shared) {
       if (!shared->closed) shared->later.emplace(shared->run_by.now_ns() + pause.count(), std::move(job));
       continue;
     }
-    if (const auto sink = job.sink.lock()) sink->fetched(std::move(job.fetch));
-    job = {};
+    give(std::move(job));
     lock.lock();
   }
   --shared->threads;

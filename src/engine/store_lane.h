@@ -3,7 +3,8 @@
 // Each store has a lane of its own, so that a slow or stuck store holds up nobody but its own readers. The
 // first thread stays as long as the lane; more are started when they are needed, up to kThreadsMax, and leave
 // after some idle seconds. What a fault waits for goes first, then what is expected to be asked for, then the
-// rest; half of the threads are kept for the first. Threads: submit() from any. Lifetime: destruction does
+// rest; half of the threads are kept for the first. Where there is a BatchReader, one thread has many small
+// reads under way. Threads: submit() from any. Lifetime: destruction does
 // not wait for a read that is stuck in the store; that thread keeps what it needs and leaves when the store
 // answers.
 #pragma once
@@ -17,6 +18,7 @@
 
 #include "base/threads.h"
 #include "engine/fetch.h"
+#include "store/batch_reader.h"
 
 namespace uffdkit {
 
@@ -39,9 +41,11 @@ class StoreLane {
  public:
   static constexpr unsigned kThreadsMax = 8;
 
-  // `file`: by which another process can open the same store. Errors: no thread can be started.
+  // `file`: by which another process can open the same store. `readers`: nullptr for none. Errors: no thread
+  // can be started.
   static Result<std::shared_ptr<StoreLane>> create(std::shared_ptr<Store> store, ReadRetries retries = {},
-                                                   UniqueFd file = {}, Threads threads = {});
+                                                   UniqueFd file = {}, Threads threads = {},
+                                                   std::shared_ptr<BatchReaders> readers = nullptr);
   ~StoreLane();
   StoreLane(const StoreLane&) = delete;
   StoreLane& operator=(const StoreLane&) = delete;
@@ -63,7 +67,7 @@ class StoreLane {
 
  private:
   struct Shared;
-  StoreLane(std::shared_ptr<Store> store, ReadRetries retries, UniqueFd file, Threads threads);
+  StoreLane(std::shared_ptr<Store> store, UniqueFd file, std::shared_ptr<Shared> shared);
   // Starts a thread that has been counted in Shared::threads.
   static bool start_thread(const std::shared_ptr<Shared>& shared);
   static void run(std::shared_ptr<Shared> shared);

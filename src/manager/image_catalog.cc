@@ -29,10 +29,11 @@ bool is_plain(std::string_view path) {
 }  // namespace
 
 ImageCatalog::ImageCatalog(ReadRetries retries, std::vector<StoreFault> faults, ByteCount cache_bytes,
-                           WorkingSets working_sets, Threads threads)
+                           WorkingSets working_sets, Threads threads, std::shared_ptr<BatchReaders> readers)
     : retries_(retries),
       working_sets_(working_sets),
       threads_(threads),
+      readers_(std::move(readers)),
       opener_(std::make_shared<image::FrameCache>(cache_bytes),
               [faults = std::move(faults)](std::shared_ptr<Store> file) {
                 return make_faulty_store(std::move(file), faults);
@@ -136,7 +137,8 @@ Result<std::shared_ptr<StoreLane>> ImageCatalog::make_lane(UniqueFd& file, image
   std::shared_ptr<ImageWorkingSet> set;
   if (working_sets_ == WorkingSets::yes)
     if (auto found = ImageWorkingSet::open(file.get(), image, name)) set = std::move(*found);
-  Result<std::shared_ptr<StoreLane>> lane = StoreLane::create(std::move(image.store), retries_, {}, threads_);
+  Result<std::shared_ptr<StoreLane>> lane =
+      StoreLane::create(std::move(image.store), retries_, {}, threads_, readers_);
   if (lane) (*lane)->keep(std::move(file));
   if (!lane || !set) return lane;
   const std::lock_guard lock(open_mutex_);

@@ -27,10 +27,11 @@ class ImageCatalog : public std::enable_shared_from_this<ImageCatalog> {
   // Whether working sets are looked for beside images.
   enum class WorkingSets : bool { no, yes };
   // `faults` are injected into every file of an image that is opened. Decompressed frames of all images are
-  // kept in `cache_bytes`.
+  // kept in `cache_bytes`. `readers` read what waits for a disk; nullptr: threads do.
   explicit ImageCatalog(ReadRetries retries = {}, std::vector<StoreFault> faults = {},
                         ByteCount cache_bytes = image::kCacheBytesDefault,
-                        WorkingSets working_sets = WorkingSets::no, Threads threads = {});
+                        WorkingSets working_sets = WorkingSets::no, Threads threads = {},
+                        std::shared_ptr<BatchReaders> readers = nullptr);
 
   // `name` stands for the file at `path`. Errors: the name is empty or taken; the file cannot be opened now.
   Result<void> add(const std::string& name, const std::string& path);
@@ -81,6 +82,7 @@ class ImageCatalog : public std::enable_shared_from_this<ImageCatalog> {
   const ReadRetries retries_;
   const WorkingSets working_sets_;
   const Threads threads_;
+  const std::shared_ptr<BatchReaders> readers_;
   image::ImageOpener opener_;
   std::map<std::string, std::string> paths_;
   std::vector<Directory> directories_;

@@ -25,6 +25,7 @@
 
 namespace uffdkit {
 
+class BatchReaders;
 class Records;
 
 struct ManagerOptions {
@@ -49,6 +50,8 @@ struct ManagerOptions {
   ByteCount background_bytes_per_second{64u << 20};
   // What decompressed frames of all images may take.
   ByteCount image_cache_bytes = image::kCacheBytesDefault;
+  // By which images are read that wait for a disk; nullptr: threads do it.
+  std::shared_ptr<BatchReaders> readers = nullptr;
   // By which clients' userfaultfds are used. Outlives the manager.
   SystemCalls& system = linux_system_calls();
   // By which it runs, and times all but what a keeper does.

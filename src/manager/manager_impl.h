@@ -260,7 +260,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   const std::shared_ptr<ImageCatalog> images_ = std::make_shared<ImageCatalog>(
       options_.read_retries, options_.store_faults, options_.image_cache_bytes,
       options_.record || options_.prefetch ? ImageCatalog::WorkingSets::yes : ImageCatalog::WorkingSets::no,
-      options_.threads);
+      options_.threads, options_.readers);
   std::map<std::string, Listener> listeners_;
   std::optional<ListeningSocket> control_;
   AccessRules rules_{::geteuid()};

@@ -237,6 +237,8 @@ void forbid_takeovers(Filter& filter) {
                  SCMP_SYS(userfaultfd),
                  SCMP_SYS(bpf),
                  SCMP_SYS(perf_event_open),
+                 SCMP_SYS(io_uring_setup),
+                 SCMP_SYS(io_uring_register),
                  SCMP_SYS(init_module),
                  SCMP_SYS(finit_module),
                  SCMP_SYS(delete_module),
@@ -279,8 +281,10 @@ Result<void> drop_privileges() {
   return {};
 }
 
-Result<void> filter_system_calls(ReplacesFiles replaces_files) {
+Result<void> filter_system_calls(ReplacesFiles replaces_files, ReadsByRing reads_by_ring) {
   Filter filter;
+  // Not those that make rings and say what these may do: what a ring does, this filter does not see.
+  if (reads_by_ring == ReadsByRing::yes) filter.allow({SCMP_SYS(io_uring_enter)});
   if (replaces_files == ReplacesFiles::yes)
     filter.allow({SCMP_SYS(fdatasync), SCMP_SYS(linkat), SCMP_SYS(renameat), SCMP_SYS(renameat2)});
   allow_memory(filter);

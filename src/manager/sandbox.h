@@ -15,11 +15,14 @@ Result<void> drop_privileges();
 
 // Whether files are made complete and given the names of others, as recordings are.
 enum class ReplacesFiles : bool { no, yes };
+// Whether files are read by an io_uring that was made before.
+enum class ReadsByRing : bool { no, yes };
 
 // Puts all threads under a filter of system calls (seccomp(2), since Linux 3.17): what serving never calls
 // fails with ENOSYS, and what only somebody else's code would call ends the process. For when everything has
 // been started, since it cannot be undone. Children inherit it. Errors: this kernel has no such filters.
-Result<void> filter_system_calls(ReplacesFiles replaces_files = ReplacesFiles::no);
+Result<void> filter_system_calls(ReplacesFiles replaces_files = ReplacesFiles::no,
+                                 ReadsByRing reads_by_ring = ReadsByRing::no);
 
 // What the kernel says of this process: whether its system calls are filtered, and which capabilities are
 // left.

@@ -13,6 +13,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <optional>
 #include <stop_token>
 #include <system_error>
 #include <thread>
@@ -145,6 +146,10 @@ class FileStore final : public Store, public SignalSafeStore, public ReadAhead {
     return from.value / kPage4K.bytes().value;
   }
   bool is_only_copied() const noexcept override { return true; }
+  std::optional<FilePart> part_of(StoreOffset from, ByteCount bytes) const noexcept override {
+    if (from.value + bytes.value > file_bytes_) return std::nullopt;
+    return FilePart{.file = fd_.get(), .offset = from.value};
+  }
   int read_in_handler(StoreOffset from, std::span<std::byte> to) noexcept override {
     const std::span<std::byte> stored = zero_beyond_the_end(from, to);
     const Progress progress = read_as_far_as_possible(from, stored);

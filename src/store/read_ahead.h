@@ -4,6 +4,10 @@
 
 #include <uffdkit/units.h>
 
+#include <optional>
+
+#include "store/batch_reader.h"
+
 namespace uffdkit {
 
 class ReadAhead {
@@ -17,6 +21,10 @@ class ReadAhead {
   virtual std::uint64_t unit_at(StoreOffset from) const noexcept = 0;
   // Whether what can be read without waiting is only copied, and not decompressed.
   virtual bool is_only_copied() const noexcept = 0;
+  // Where these bytes, within the store's size, lie in a file as they are. None: only read() can give them.
+  virtual std::optional<FilePart> part_of(StoreOffset /*from*/, ByteCount /*bytes*/) const noexcept {
+    return std::nullopt;
+  }
 };
 
 }  // namespace uffdkit

@@ -14,6 +14,7 @@
 
 #include "manager/keeper.h"
 #include "manager/manager.h"
+#include "manager/read_rings.h"
 #include "manager/sandbox.h"
 #include "tool/command.h"
 
@@ -47,6 +48,7 @@ struct Options {
   bool no_keeper = false;
   bool record = false;
   bool no_prefetch = false;
+  bool no_io_uring = false;
   Background background = Background::off;
   std::uint64_t background_bytes_per_second = 64u << 20;
 };
@@ -116,6 +118,11 @@ void add_images(Manager& manager, const Options& options) {
 int serve(const Options& options, const std::vector<StoreFault>& faults, Records* records) {
   if (!options.no_sandbox)
     if (auto dropped = drop_privileges(); !dropped) return report(dropped.error());
+  std::shared_ptr<ReadRings> rings;
+  if (!options.no_io_uring) {
+    Result<std::shared_ptr<ReadRings>> made = ReadRings::create();
+    if (made) rings = std::move(*made);
+  }
   Result<std::unique_ptr<Manager>> manager =
       Manager::create({.workers = options.workers,
                        .fault_around = PageCount(options.fault_around),
@@ -133,6 +140,7 @@ int serve(const Options& options, const std::vector<StoreFault>& faults, Records
                        .background = options.background,
                        .background_bytes_per_second = ByteCount(options.background_bytes_per_second),
                        .image_cache_bytes = ByteCount(options.image_cache_bytes),
+                       .readers = rings,
                        .records = records});
   if (!manager) return report(manager.error());
   const bool takes_up = records != nullptr && records->shared().is_ready != 0;
@@ -152,7 +160,8 @@ int serve(const Options& options, const std::vector<StoreFault>& faults, Records
   }
   if (auto signalled = (*manager)->stop_at_signals(); !signalled) return give_up(signalled.error());
   if (!options.no_sandbox)
-    if (auto filtered = filter_system_calls(options.record ? ReplacesFiles::yes : ReplacesFiles::no);
+    if (auto filtered = filter_system_calls(options.record ? ReplacesFiles::yes : ReplacesFiles::no,
+                                            rings ? ReadsByRing::yes : ReadsByRing::no);
         !filtered)
       return give_up(filtered.error());
 
@@ -278,6 +287,8 @@ void add_serve(CLI::App& app, int& exit_code) {
       "--record", options->record,
       "When a session ends, write beside its image (IMAGE.ws) which pages it was asked for, and in "
       "which order; several recordings are merged. Pages come one at a time meanwhile");
+  command->add_flag("--no-io-uring", options->no_io_uring,
+                    "Read images by threads also where the system has io_uring for that");
   command->add_flag("--no-prefetch", options->no_prefetch,
                     "Bring nothing before it is asked for: neither what was recorded, nor what a client that "
                     "goes through its memory in order will come to");

@@ -4,11 +4,17 @@
 #include <uffdkit/faulty_store.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
+#include <optional>
+#include <utility>
 #include <vector>
 
+#include "store/read_ahead.h"
 #include "support/idle_work.h"
 
 namespace uffdkit {
@@ -250,6 +256,226 @@ TEST(StoreLane, LeavesOutIdleWorkThatIsGone) {
   lane->when_idle(pieces);
   pieces->wait();
   EXPECT_EQ(pieces->done(), 1);
+}
+
+// ---- reads together ---------------------------------------------------------------------------------------
+
+constexpr std::byte kByRead{1};
+constexpr std::byte kTogether{2};
+
+// As a file is: each of its pages can be read by others, but for those that lie beyond its end.
+class FileLikeStore final : public Store, public ReadAhead {
+ public:
+  static constexpr std::uint64_t kEnd = 1000 * 4096;
+
+  ByteCount size() const noexcept override { return ByteCount(1u << 30); }
+  std::string name() const override { return "a file"; }
+  Extent extent_at(StoreOffset) const noexcept override {
+    return {.zero = false, .end = StoreOffset(1u << 30)};
+  }
+  Result<ReadStatus> read(StoreOffset, std::span<std::byte> to, Wait) noexcept override {
+    ++reads;
+    is_open.wait(false);
+    std::ranges::fill(to, kByRead);
+    return ReadStatus::done;
+  }
+  void will_need(StoreOffset, ByteCount) noexcept override { ++told; }
+  std::uint64_t unit_at(StoreOffset from) const noexcept override { return from.value / 4096; }
+  bool is_only_copied() const noexcept override { return true; }
+  std::optional<FilePart> part_of(StoreOffset from, ByteCount bytes) const noexcept override {
+    if (from.value + bytes.value > kEnd) return std::nullopt;
+    return FilePart{.file = 3, .offset = from.value};
+  }
+
+  void open() {
+    is_open = true;
+    is_open.notify_all();
+  }
+
+  std::atomic<int> reads{0};
+  std::atomic<int> told{0};
+  std::atomic<bool> is_open{true};  // while it is not, readers wait
+};
+
+// Answers all that is under way at once, and the last first; the pages of `broken` with an error, those of
+// `cut` with half of what was asked for. While it is closed, it answers nobody.
+class FakeReaders final : public BatchReaders {
+ public:
+  BatchReader* take() override { return is_free && !taken_.exchange(true) ? &reader_ : nullptr; }
+  void give_back(BatchReader&) override {
+    EXPECT_TRUE(reader_.begun.empty());
+    taken_ = false;
+  }
+  void open() {
+    const std::lock_guard lock(mutex_);
+    is_open_ = true;
+    changed_.notify_all();
+  }
+  void close() {
+    const std::lock_guard lock(mutex_);
+    is_open_ = false;
+  }
+  // Until so many reads have begun in all.
+  void wait_for_begun(std::size_t count) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return all_begun_ >= count; });
+  }
+  std::size_t most_together() {
+    const std::lock_guard lock(mutex_);
+    return most_together_;
+  }
+
+  bool is_free = true;
+  std::vector<std::uint64_t> broken;
+  std::vector<std::uint64_t> cut;
+
+ private:
+  class Reader final : public BatchReader {
+   public:
+    explicit Reader(FakeReaders& owner) : owner_(owner) {}
+    std::size_t most() const override { return 8; }
+    void begin(FilePart from, std::span<std::byte> to, std::uint64_t tag) override {
+      EXPECT_LT(begun.size(), most());
+      EXPECT_EQ(from.file, 3);
+      std::ranges::fill(to, kTogether);
+      const std::uint64_t page = from.offset / 4096;
+      std::int64_t result = static_cast<std::int64_t>(to.size());
+      if (std::ranges::count(owner_.broken, page) != 0) result = -EIO;
+      if (std::ranges::count(owner_.cut, page) != 0) result /= 2;
+      begun.push_back({.tag = tag, .result = result});
+      const std::lock_guard lock(owner_.mutex_);
+      ++owner_.all_begun_;
+      owner_.changed_.notify_all();
+    }
+    std::span<const Done> wait() override {
+      EXPECT_FALSE(begun.empty());
+      std::unique_lock lock(owner_.mutex_);
+      owner_.changed_.wait(lock, [&] { return owner_.is_open_; });
+      owner_.most_together_ = std::max(owner_.most_together_, begun.size());
+      done_.assign(begun.rbegin(), begun.rend());
+      begun.clear();
+      return done_;
+    }
+    std::vector<Done> begun;
+
+   private:
+    FakeReaders& owner_;
+    std::vector<Done> done_;
+  };
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool is_open_ = true;
+  std::size_t all_begun_ = 0;
+  std::size_t most_together_ = 0;
+  std::atomic<bool> taken_{false};
+  Reader reader_{*this};
+};
+
+class ReadsTogether : public testing::Test {
+ protected:
+  // One that nobody waits for, of these runs of pages, one behind the other in its buffer.
+  Fetch pieces(const std::vector<std::pair<std::uint64_t, std::uint64_t>>& runs) const {
+    Fetch fetch{};
+    fetch.id = 1;
+    fetch.granules = PageCount(0);
+    fetch.store = store_;
+    for (const auto& [page, count] : runs) {
+      fetch.pieces.push_back(
+          {.from = StoreOffset(page * 4096), .granules = {PageIndex(page), PageCount(count)}});
+      fetch.granules = fetch.granules + PageCount(count);
+    }
+    fetch.urgency = Urgency::prefetch;
+    fetch.buffer = std::make_unique<std::byte[]>(fetch.bytes().value);
+    return fetch;
+  }
+  static std::vector<std::byte> first_bytes(const Fetch& fetch) {
+    std::vector<std::byte> bytes;
+    for (std::size_t at = 0; at < fetch.bytes().value; at += 4096) bytes.push_back(fetch.buffer[at]);
+    return bytes;
+  }
+
+  // Has the lane read together what it is asked for: all of its threads are busy while that is, and nothing
+  // that is read together comes back before readers_->open().
+  void submit_many(StoreLane& lane, const std::shared_ptr<Sink>& sink, std::uint64_t count) {
+    store_->is_open = false;
+    readers_->close();
+    for (std::uint64_t id = 0; id < count; ++id)
+      lane.submit(fetch_of_page(store_, id, Urgency::demand), sink);
+    store_->open();
+    readers_->wait_for_begun(1);
+  }
+
+  const std::shared_ptr<FileLikeStore> store_ = std::make_shared<FileLikeStore>();
+  const std::shared_ptr<FakeReaders> readers_ = std::make_shared<FakeReaders>();
+};
+
+TEST_F(ReadsTogether, ManySmallPiecesAreReadAsManyAtOnceAsCanBe) {
+  std::vector<std::pair<std::uint64_t, std::uint64_t>> runs;
+  for (std::uint64_t page = 0; page < 40; page += 2) runs.emplace_back(page, 1);
+  Fetch fetch = pieces(runs);
+  read_fetch(fetch, readers_.get());
+  EXPECT_TRUE(fetch.failed.none());
+  EXPECT_EQ(first_bytes(fetch), std::vector<std::byte>(20, kTogether));
+  EXPECT_EQ(readers_->most_together(), 8u);
+  EXPECT_EQ(store_->reads, 0);
+  EXPECT_EQ(store_->told, 0);
+}
+
+TEST_F(ReadsTogether, WhatCannotBeReadSoIsReadAsWithoutIt) {
+  readers_->broken = {2};
+  readers_->cut = {4};
+  // The last one is beyond the file's end.
+  Fetch fetch = pieces({{0, 1}, {2, 1}, {4, 2}, {8, 1}, {1000, 1}});
+  read_fetch(fetch, readers_.get());
+  EXPECT_TRUE(fetch.failed.none());
+  EXPECT_EQ(first_bytes(fetch),
+            (std::vector<std::byte>{kTogether, kByRead, kByRead, kByRead, kTogether, kByRead}));
+}
+
+TEST_F(ReadsTogether, LargePiecesOneAloneAndWhatFindsNoReaderAreReadOneByOne) {
+  Fetch large = pieces({{0, 4}, {8, 3}});
+  read_fetch(large, readers_.get());
+  Fetch alone = pieces({{0, 1}});
+  read_fetch(alone, readers_.get());
+  readers_->is_free = false;
+  Fetch small = pieces({{0, 1}, {2, 1}});
+  read_fetch(small, readers_.get());
+  Fetch without = pieces({{0, 1}, {2, 1}});
+  read_fetch(without);
+  for (const Fetch* fetch : {&large, &alone, &small, &without})
+    for (const std::byte byte : first_bytes(*fetch)) EXPECT_EQ(byte, kByRead);
+  EXPECT_EQ(readers_->most_together(), 0u);
+  EXPECT_EQ(store_->told, 2 + 1 + 2 + 2);
+}
+
+TEST_F(ReadsTogether, PagesThatAreOnlyToBeOnTheirWayAreToldOf) {
+  Fetch fetch = pieces({{0, 1}, {2, 1}, {4, 1}});
+  fetch.pieces[1].read = false;
+  fetch.granules = PageCount(2);
+  read_fetch(fetch, readers_.get());
+  EXPECT_EQ(first_bytes(fetch), (std::vector<std::byte>{kTogether, kTogether}));
+  EXPECT_EQ(store_->told, 1);
+}
+
+TEST_F(ReadsTogether, FaultsThatComeWhileOthersAreReadJoinThem) {
+  const auto lane = StoreLane::create(store_, {.count = 0}, {}, {}, readers_).value();
+  const auto sink = std::make_shared<Sink>();
+  readers_->broken = {30};
+  submit_many(*lane, sink, 200);
+  readers_->open();
+  const std::vector<std::uint64_t> ids = sink->wait_for(200);
+  for (std::uint64_t id = 0; id < 200; ++id) EXPECT_EQ(ids[id], id);
+  EXPECT_FALSE(sink->last_failed());
+}
+
+TEST_F(ReadsTogether, TheLaneMayGoWhileItIsReadFor) {
+  auto lane = StoreLane::create(store_, {}, {}, {}, readers_).value();
+  const auto sink = std::make_shared<Sink>();
+  submit_many(*lane, sink, 200);
+  lane.reset();
+  readers_->open();
+  EXPECT_GE(sink->wait_for(1).size(), 1u);
 }
 
 }  // namespace
