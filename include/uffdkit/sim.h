@@ -81,6 +81,9 @@ struct KernelOptions {
   std::size_t huge_pages = 16;            // vm.nr_hugepages, of 2 MiB
   // CONFIG_MEMORY_FAILURE: poisoned pages answer with BUS_MCEERR_AR instead of BUS_ADRERR.
   bool memory_failure = false;
+  // Whether a page of private memory that is read before it was written is one shared page of zeros. Some
+  // virtual machines' kernels give it a page of its own; ZEROPAGE maps the shared one all the same.
+  bool reads_map_zero_page = true;
   // Up to so many turns of runnable threads are taken before each system call of a process, drawn from the
   // seed: that is how a handler's races are explored. 0 leaves every turn to step() and run().
   unsigned turns_before_calls = 0;

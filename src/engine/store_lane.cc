@@ -124,6 +124,8 @@ void StoreLane::Shared::read_together(std::unique_lock<std::mutex>& lock, Job fi
   const FilePart part = *part_to_read_with_others(first);
   begin(std::move(first), part);
   while (!under_way.empty()) {
+    // What is to be tried again is read alone, when those under way are done.
+    queue_what_is_due();
     while (under_way.size() < reader.most() && begin_next()) continue;
     lock.unlock();
     std::vector<Job> failed;

@@ -58,6 +58,7 @@ class AddressSpace {
 
   // False once its process has exited or called exec: userfaultfds outlive it, and find nothing.
   bool alive = true;
+  bool reads_map_zero_page = true;  // of KernelOptions
 
   // ---- areas
   std::map<std::uint64_t, Area>& areas() { return areas_; }

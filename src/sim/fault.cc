@@ -78,9 +78,10 @@ bool map_huge_anonymous(AddressSpace& space, const Area& area, std::uint64_t add
   if (!area.huge_advised || start < area.start || start + kHugePage > area.end) return false;
   const auto first = space.pages().lower_bound(start);
   if (first != space.pages().end() && first->first < start + kHugePage) return false;
+  const bool own = write || !space.reads_map_zero_page;
   for (std::uint64_t page = start; page < start + kHugePage; page += kSmallPage)
-    space.set(page, write ? Pte{.frame = std::make_shared<Frame>(kSmallPage), .anon = true, .writable = true}
-                          : Pte{.zero = true});
+    space.set(page, own ? Pte{.frame = std::make_shared<Frame>(kSmallPage), .anon = true, .writable = true}
+                        : Pte{.zero = true});
   space.map_huge(start);
   return true;
 }
@@ -88,13 +89,15 @@ bool map_huge_anonymous(AddressSpace& space, const Area& area, std::uint64_t add
 // Source: mm/memory.c, do_anonymous_page().
 FaultAnswer missing_anonymous(AddressSpace& space, Area& area, std::uint64_t page, bool armed,
                               const FaultRequest& request) {
-  if (request.write) space.prepare_anonymous(area);
+  const bool own = request.write || !space.reads_map_zero_page;
+  if (own) space.prepare_anonymous(area);
   if (area.registered_for(abi::kRegisterMissing)) return to_userfaultfd(area, request, kMissingReason);
   if (!armed && map_huge_anonymous(space, area, page, request.write)) return answer(Kind::retry);
-  if (request.write)
-    space.set(
-        page,
-        Pte{.frame = std::make_shared<Frame>(kSmallPage), .anon = true, .writable = !armed, .wp = armed});
+  if (own)
+    space.set(page, Pte{.frame = std::make_shared<Frame>(kSmallPage),
+                        .anon = true,
+                        .writable = area.writable && !armed,
+                        .wp = armed});
   else
     space.set(page, Pte{.zero = true, .wp = armed});
   return answer(Kind::retry);

@@ -33,6 +33,7 @@ bool Kernel::State::step() {
 
 std::shared_ptr<AddressSpace> Kernel::State::new_space() {
   auto space = std::make_shared<AddressSpace>();
+  space->reads_map_zero_page = options.reads_map_zero_page;
   std::erase_if(spaces, [](const auto& gone) { return gone.expired(); });
   spaces.push_back(space);
   return space;

@@ -18,8 +18,10 @@ class Machine {
   virtual bool order_is_open(int uffd) = 0;
 };
 
-std::unique_ptr<Machine> make_model(std::uint64_t seed, bool huge, sim::Version version);
+std::unique_ptr<Machine> make_model(std::uint64_t seed, bool huge, const sim::KernelOptions& like);
 std::unique_ptr<Machine> make_real(bool huge);
+// Of the running kernel, as in sim::KernelOptions; true where that cannot be told (before 6.7).
+bool reads_map_zero_page();
 // What the machine lacks to run programs for real; empty if nothing.
 std::string lacking();
 

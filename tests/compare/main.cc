@@ -31,11 +31,11 @@ struct Disagreement {
 struct Settings {
   bool huge = false;
   bool verbose = false;
-  sim::Version version = {6, 18};
+  sim::KernelOptions model = {};  // what the model is like
 };
 
 std::optional<Disagreement> compare(const Program& program, std::uint64_t seed, const Settings& settings) {
-  const std::unique_ptr<Machine> model = make_model(seed, settings.huge, settings.version);
+  const std::unique_ptr<Machine> model = make_model(seed, settings.huge, settings.model);
   const std::unique_ptr<Machine> real = make_real(settings.huge);
   // At the end every page is looked at, when nobody's fault handler can be in the way any more.
   Program whole = program;
@@ -141,7 +141,8 @@ int main_of(int argc, char** argv) {
   CLI11_PARSE(app, argc, argv);
 
   if (version.empty()) version = running_version();
-  if (std::sscanf(version.c_str(), "%d.%d", &settings.version.major, &settings.version.minor) != 2) {
+  if (std::sscanf(version.c_str(), "%d.%d", &settings.model.version.major, &settings.model.version.minor) !=
+      2) {
     fmt::print(stderr, "differential: '{}' is not a version like 6.12\n", version);
     return 2;
   }
@@ -153,6 +154,7 @@ int main_of(int argc, char** argv) {
     fmt::print("skipped: needs {}\n", needs);
     return kSkipped;
   }
+  settings.model.reads_map_zero_page = reads_map_zero_page();
   return run(programs, seed, operations, seconds, settings);
 }
 

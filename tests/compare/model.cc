@@ -16,8 +16,11 @@ namespace {
 
 class Model final : public Driver {
  public:
-  Model(std::uint64_t seed, bool huge, sim::Version version)
-      : kernel_({.seed = seed, .version = version, .huge_pages = 64}),
+  Model(std::uint64_t seed, bool huge, const sim::KernelOptions& like)
+      : kernel_({.seed = seed,
+                 .version = like.version,
+                 .huge_pages = 64,
+                 .reads_map_zero_page = like.reads_map_zero_page}),
         target_(kernel_.spawn()),
         manager_(target_.clone_with_files()),
         huge_(huge) {
@@ -265,8 +268,8 @@ class Model final : public Driver {
 
 }  // namespace
 
-std::unique_ptr<Machine> make_model(std::uint64_t seed, bool huge, sim::Version version) {
-  return std::make_unique<Model>(seed, huge, version);
+std::unique_ptr<Machine> make_model(std::uint64_t seed, bool huge, const sim::KernelOptions& like) {
+  return std::make_unique<Model>(seed, huge, like);
 }
 
 }  // namespace uffdkit::differential

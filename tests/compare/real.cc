@@ -547,6 +547,21 @@ std::unique_ptr<Machine> make_real(bool huge) {
   return std::make_unique<Real>(huge);
 }
 
+bool reads_map_zero_page() {
+  constexpr std::size_t kBytes = 4096;
+  void* memory = mmap(nullptr, kBytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  CHECK(memory != MAP_FAILED);
+  *static_cast<const volatile std::byte*>(memory);
+  const Result<Pagemap> pagemap = Pagemap::open(0);
+  CHECK(pagemap.has_value());
+  const AddressRange page{Address(reinterpret_cast<std::uintptr_t>(memory)), ByteCount(kBytes)};
+  std::array<ScannedRange, 1> found;
+  const Result<ScanResult> scanned =
+      pagemap->scan({.range = page, .mask = abi::kPagePresent, .report = abi::kPagePfnZero}, found);
+  munmap(memory, kBytes);
+  return !scanned || (scanned->ranges == 1 && (found[0].categories & abi::kPagePfnZero) != 0);
+}
+
 std::string lacking() {
   auto uffd = Uffd::create({.required = Features(abi::kFeatureEventFork | abi::kFeatureMove)});
   if (!uffd) return "a userfaultfd with kernel faults, fork events and MOVE: " + uffd.error().text();

@@ -66,6 +66,25 @@ TEST(SimPagemap, OfAProcessThatHasExitedFindsNothing) {
   EXPECT_EQ(pagemap.scan(world.written(), world.found).value().ranges, 0u);
 }
 
+TEST(SimPagemap, APageThatIsReadFirstIsTheSharedPageOfZerosOrOneOfItsOwn) {
+  for (const bool shared : {true, false}) {
+    KernelOptions options;
+    options.reads_map_zero_page = shared;
+    World world(0, options);
+    const Address start = world.area(Memory::anonymous, 1, 0);
+    world.read(start);
+    const Pagemap pagemap = Pagemap::open(0, world.process.system_calls()).value();
+    std::array<ScannedRange, 1> found = {};
+    ASSERT_EQ(
+        pagemap
+            .scan({.range = pages(start, 1), .mask = abi::kPagePresent, .report = abi::kPagePfnZero}, found)
+            .value()
+            .ranges,
+        1u);
+    EXPECT_EQ(found[0].categories == abi::kPagePfnZero, shared);
+  }
+}
+
 TEST(SimPagemap, AnotherUsersIsRefused) {
   TrackedWorld world;
   Process& other = world.kernel.spawn(user(1000, {1000}));
