@@ -166,7 +166,12 @@ bool Actor::gives_way() {
 }
 
 [[gnu::hot]] bool Actor::leaves_to_others(std::int64_t now_ns) {
-  return share_.slice_has_ended(now_ns) && (is_to_rest(now_ns) || scheduler_.others_wait());
+  if (!share_.slice_has_ended(now_ns)) return false;
+  if (is_to_rest(now_ns) || scheduler_.others_wait()) return true;
+  // The client of another session that has been answered may wait for this CPU.
+  if (share_.has_told(told()) && scheduler_.others_served(id_, now_ns - kNeighbourNs))
+    (void)scheduler_.give_way();
+  return false;
 }
 
 [[gnu::hot]] bool Actor::is_to_rest(std::int64_t now_ns) {

@@ -36,6 +36,11 @@ class FairShare {
   // work without an end.
   bool floods(std::int64_t now_ns, Told told) const;
 
+  // Whether the client has told anything meanwhile that one which only runs does not.
+  bool has_told(Told told) const {
+    return told.events != told_before_.events || told.duplicates != told_before_.duplicates;
+  }
+
   // The session rests from now on, and until when it does: not to be run before.
   void rest(std::int64_t now_ns) { rests_until_ns_ = now_ns + kRestNs; }
   std::int64_t rests_until_ns() const { return rests_until_ns_; }

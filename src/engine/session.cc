@@ -174,8 +174,10 @@ void Session::count_in(SessionCounters* counters) {
   const auto sooner = [&](std::int64_t at) {
     if (at != 0 && (next.wake_at_ns == 0 || at < next.wake_at_ns)) next.wake_at_ns = at;
   };
+  const bool changing = !pending_.empty() && changing_until_ns_ > host_.now_ns();
   for (const Pending& pending : pending_)
-    if (pending.is_waiting()) sooner(pending.not_before_ns);
+    if (pending.is_waiting())
+      sooner(changing ? std::max(pending.not_before_ns, changing_until_ns_) : pending.not_before_ns);
   if (detaching_) sooner(populate_not_before_ns_);
   if (prefetching_ != nullptr && !detaching_) {
     sooner(prefetching_->not_before_ns);
@@ -431,6 +433,7 @@ void Session::apply(const ForkEvent& event) {
 
 [[gnu::hot]] bool Session::serve_pending() {
   const std::int64_t now = pending_.empty() ? 0 : host_.now_ns();
+  if (changing_until_ns_ > now) return true;
   std::size_t served = 0;
   std::size_t kept = 0;
   std::size_t next = 0;
@@ -444,6 +447,10 @@ void Session::apply(const ForkEvent& event) {
       if (result == Served::done) continue;
     }
     pending_[kept++] = pending;
+    if (changing_until_ns_ > now) {
+      ++next;
+      break;
+    }
   }
   const bool all = next == pending_.size();
   pending_.erase(pending_.begin() + static_cast<std::ptrdiff_t>(kept),
@@ -673,6 +680,7 @@ std::optional<bool> Session::has_grown_over(Address page) {
 
 Session::Served Session::put_off(Pending& pending, bool no_memory) {
   pending.no_memory = no_memory;
+  if (!no_memory) changing_until_ns_ = host_.now_ns() + kPutOffFirstNs;
   add(counters_->retries);
   pending.not_before_ns = host_.now_ns() + put_off_ns(pending.attempts++);
   return Served::put_off;

@@ -533,6 +533,9 @@ class Session {
   bool notes_wanted_ = false;  // one of these is there
 
   std::int64_t read_not_before_ns_ = 0;  // the descriptors were used up
+  // The client was changing its address space, and the kernel puts off everything meanwhile: no fault is
+  // tried before.
+  std::int64_t changing_until_ns_ = 0;
   // See fail().
   enum class Failing : std::uint8_t {
     no,

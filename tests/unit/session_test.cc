@@ -268,6 +268,33 @@ TEST_F(SessionTest, APageThatTheKernelPutsOffIsTriedOnceAStepAndAgainByTime) {
   EXPECT_EQ(at(6), tag_of(6));
 }
 
+TEST_F(SessionTest, WhereTheKernelPutsOneOffTheOthersAreNotTriedInVain) {
+  kernel_.changing = true;
+  for (const std::uint64_t page : {6ul, 100ul, 200ul, 300ul}) kernel_.fault(pages(page));
+  Session::Next next = settle();
+  EXPECT_EQ(kernel_.count(abi::kIoctlCopy), 1u);
+  EXPECT_LE(next.wake_at_ns - host_.now, kMillisecond / 10);
+  // Until the client has changed its memory, one attempt at a time says that it has not.
+  for (int i = 0; i < 20; ++i) {
+    host_.now = next.wake_at_ns;
+    next = settle();
+    EXPECT_EQ(kernel_.count(abi::kIoctlCopy), static_cast<std::size_t>(i) + 2);
+  }
+  kernel_.changing = false;
+  run_out();
+  for (const std::uint64_t page : {6ul, 100ul, 200ul, 300ul}) EXPECT_EQ(at(page), tag_of(page)) << page;
+}
+
+TEST_F(SessionTest, ThoseThatWereNotTriedAreTriedAlsoWhenTheOneThatWasIsGone) {
+  kernel_.changing = true;
+  for (const std::uint64_t page : {6ul, 100ul}) kernel_.fault(pages(page));
+  settle();
+  kernel_.changing = false;
+  ASSERT_TRUE(session_.drop(pages(6)));
+  run_out();
+  EXPECT_EQ(at(100), tag_of(100));
+}
+
 TEST_F(SessionTest, AFetchThatTheKernelPutsOffArrivesInTheEnd) {
   store_->cached = false;
   kernel_.fault(pages(6));
