@@ -169,8 +169,9 @@ bool Actor::gives_way() {
   if (!share_.slice_has_ended(now_ns)) return false;
   if (is_to_rest(now_ns) || scheduler_.others_wait()) return true;
   // The client of another session that has been answered may wait for this CPU.
-  if (share_.has_told(told()) && scheduler_.others_served(id_, now_ns - kNeighbourNs))
-    (void)scheduler_.give_way();
+  if (share_.has_told_events(told()) && scheduler_.others_served(id_, now_ns - kNeighbourNs) &&
+      scheduler_.give_way())
+    share_.begin_slice(threads_.now_ns());
   return false;
 }
 

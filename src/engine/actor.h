@@ -96,7 +96,6 @@ class Actor final : public SessionHost, public FetchSink, public std::enable_sha
   int uffd() const { return session_.uffd().fd(); }
   int state_file() const { return session_.state().fd(); }
   int process() const { return process_ ? process_->get() : -1; }
-  bool has_parent() const { return parent_ != 0; }
 
   // FetchSink
   void fetched(std::unique_ptr<Fetch> fetch) override;

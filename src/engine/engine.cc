@@ -106,7 +106,7 @@ class Engine::Shared final : public ActorScheduler {
 
  private:
   Result<void> admit(SessionId id, const std::shared_ptr<Actor>& actor, bool must_be_watched);
-  // The client's memory is looked at from time to time, unless it is this process's own, which goes with it.
+  // The client's memory is looked at from time to time from now on.
   void watch_target(SessionId id, const Actor& actor);
   void exit_was_told(SessionId id);
   SessionId next_session();
@@ -125,8 +125,8 @@ class Engine::Shared final : public ActorScheduler {
   void serve_event(Worker& worker);
   void run_queued(const Scratch& scratch);
   void run_what_is_due(const Scratch& scratch);
-  // Looks at the memory of some whose time to be looked at has come.
-  void look_at_targets();
+  // Looks whether the client's memory is still there. A client may hold up who looks.
+  void look_at_target(SessionId id);
   // To the first of all times, with timer_mutex_ held.
   void set_timer();
 
@@ -313,6 +313,7 @@ void Engine::Shared::run_queued(const Scratch& scratch) {
 void Engine::Shared::run_what_is_due(const Scratch& scratch) {
   timer_.clear();
   std::vector<SessionId> now_due;
+  std::vector<SessionId> targets;
   {
     const std::lock_guard lock(timer_mutex_);
     timer_at_ns_ = 0;
@@ -322,6 +323,8 @@ void Engine::Shared::run_what_is_due(const Scratch& scratch) {
       due_of_.erase(due_.begin()->second);
       due_.erase(due_.begin());
     }
+    targets = targets_.take_due(now, kTargetsAtOnce);
+    set_timer();
   }
   std::shared_ptr<Actor> own;
   for (const SessionId session : now_due) {
@@ -334,28 +337,20 @@ void Engine::Shared::run_what_is_due(const Scratch& scratch) {
     else
       own = actor;
   }
-  look_at_targets();
   if (own) own->run(scratch.bytes());
+  for (const SessionId session : targets) look_at_target(session);
 }
 
-void Engine::Shared::look_at_targets() {
-  std::vector<SessionId> due;
-  {
+void Engine::Shared::look_at_target(SessionId id) {
+  const auto actor = find(id);
+  if (!actor) return;
+  if (actor->target_alive()) {
     const std::lock_guard lock(timer_mutex_);
-    due = targets_.take_due(threads_.now_ns(), kTargetsAtOnce);
+    targets_.is_there(id, actor->faults(), threads_.now_ns());
+    set_timer();
+  } else if (actor->post([](Session& served) { return served.check_target(), true; })) {
+    schedule(id);
   }
-  for (const SessionId session : due) {
-    const auto actor = find(session);
-    if (!actor) continue;
-    if (actor->target_alive()) {
-      const std::lock_guard lock(timer_mutex_);
-      targets_.is_there(session, actor->faults(), threads_.now_ns());
-    } else if (actor->post([](Session& served) { return served.check_target(), true; })) {
-      schedule(session);
-    }
-  }
-  const std::lock_guard lock(timer_mutex_);
-  set_timer();
 }
 
 void Engine::Shared::set_timer() {
@@ -538,12 +533,12 @@ Result<void> Engine::Shared::admit(SessionId id, const std::shared_ptr<Actor>& a
     ended(id);
     return watched;
   }
+  if (!watched) exit_was_told(id);  // nobody will tell
   schedule(id);
   return {};
 }
 
 void Engine::Shared::watch_target(SessionId id, const Actor& actor) {
-  if (actor.process() < 0 && !actor.has_parent()) return;
   const std::lock_guard lock(timer_mutex_);
   targets_.add(id, actor.process() >= 0, threads_.now_ns());
   set_timer();

@@ -36,10 +36,11 @@ class FairShare {
   // work without an end.
   bool floods(std::int64_t now_ns, Told told) const;
 
-  // Whether the client has told anything meanwhile that one which only runs does not.
-  bool has_told(Told told) const {
-    return told.events != told_before_.events || told.duplicates != told_before_.duplicates;
-  }
+  // One begins anew, since the worker has given way.
+  void begin_slice(std::int64_t now_ns) { slice_end_ns_ = now_ns + kSliceNs; }
+
+  // Whether the client has told of its address space shortly before, as one that only runs does not.
+  bool has_told_events(Told told) const { return told.events != told_before_.events; }
 
   // The session rests from now on, and until when it does: not to be run before.
   void rest(std::int64_t now_ns) { rests_until_ns_ = now_ns + kRestNs; }

@@ -13,6 +13,8 @@ namespace {
 // The most pages of a small read. Larger ones the kernel reads in parts, each of which the reader's thread
 // has to be woken for, so that threads are faster (bench_cold_reads).
 constexpr std::size_t kSmallPages = 2;
+// Of so many pieces the disk is as well told before.
+constexpr std::size_t kFewPieces = 4;
 
 // Reads these pages one by one.
 void read_singly(Fetch& fetch, const std::bitset<kFetchGranulesMax>& pages) {
@@ -58,13 +60,18 @@ void tell_of_pieces(Fetch& fetch, ReadAhead& ahead) {
   }
 }
 
-bool is_small_and_many(const Fetch& fetch) {
+// Whether its pieces are small, more than a few, and parts of a file.
+bool suits_a_reader(const Fetch& fetch, const ReadAhead& ahead) {
   std::size_t pieces = 0;
-  for_each_read(fetch, [&](const FetchPiece&, std::span<std::byte>, std::size_t) { ++pieces; });
-  return pieces > 1 && fetch.granules.value <= pieces * kSmallPages;
+  bool parts = true;
+  for_each_read(fetch, [&](const FetchPiece& piece, std::span<std::byte> bytes, std::size_t) {
+    parts = parts && (pieces > 0 || ahead.part_of(piece.from, ByteCount(bytes.size())));
+    ++pieces;
+  });
+  return parts && pieces > kFewPieces && fetch.granules.value <= pieces * kSmallPages;
 }
 
-// Those that `reader` can read are marked in `read`, by the number of their first page.
+// Those that `reader` has read are marked in `read`, by the number of their first page.
 void read_pieces_together(Fetch& fetch, ReadAhead& ahead, BatchReader& reader,
                           std::bitset<kFetchGranulesMax>& read) {
   std::array<std::size_t, kFetchGranulesMax> wanted{};
@@ -79,7 +86,7 @@ void read_pieces_together(Fetch& fetch, ReadAhead& ahead, BatchReader& reader,
     if (!piece.read) ahead.will_need(piece.from, kPage4K.bytes(piece.granules.count));
   for_each_read(fetch, [&](const FetchPiece& piece, std::span<std::byte> bytes, std::size_t page) {
     const std::optional<FilePart> part = ahead.part_of(piece.from, ByteCount(bytes.size()));
-    if (!part) return;
+    if (!part) return ahead.will_need(piece.from, ByteCount(bytes.size()));
     if (under_way == reader.most()) wait();
     wanted[page] = bytes.size();
     reader.begin(*part, bytes, page);
@@ -91,7 +98,7 @@ void read_pieces_together(Fetch& fetch, ReadAhead& ahead, BatchReader& reader,
 void read_pieces(Fetch& fetch, BatchReaders* readers) {
   std::bitset<kFetchGranulesMax> read;
   if (auto* ahead = dynamic_cast<ReadAhead*>(fetch.store.get())) {
-    const BorrowedReader reader(is_small_and_many(fetch) ? readers : nullptr);
+    const BorrowedReader reader(readers != nullptr && suits_a_reader(fetch, *ahead) ? readers : nullptr);
     if (reader)
       read_pieces_together(fetch, *ahead, *reader, read);
     else

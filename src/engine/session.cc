@@ -153,7 +153,7 @@ void Session::count_in(SessionCounters* counters) {
   if (!end_ && !ending_ && detaching_) populating = populate();
   // What is asked for goes first.
   if (prefetching_ != nullptr && !end_ && !ending_ && !detaching_ && !waits_for_exit() && all_read &&
-      all_served)
+      all_served && changing_until_ns_ <= host_.now_ns())
     bringing = prefetch_step();
   if (!end_ && ending_ && all_read) finish_ending();
   if (!end_ && overflowed_ && pending_.size() < kPendingMax / 2) {
@@ -174,13 +174,14 @@ void Session::count_in(SessionCounters* counters) {
   const auto sooner = [&](std::int64_t at) {
     if (at != 0 && (next.wake_at_ns == 0 || at < next.wake_at_ns)) next.wake_at_ns = at;
   };
-  const bool changing = !pending_.empty() && changing_until_ns_ > host_.now_ns();
+  const bool changing = changing_until_ns_ > host_.now_ns();
   for (const Pending& pending : pending_)
     if (pending.is_waiting())
       sooner(changing ? std::max(pending.not_before_ns, changing_until_ns_) : pending.not_before_ns);
   if (detaching_) sooner(populate_not_before_ns_);
   if (prefetching_ != nullptr && !detaching_) {
-    sooner(prefetching_->not_before_ns);
+    sooner(changing ? std::max(prefetching_->not_before_ns, changing_until_ns_)
+                    : prefetching_->not_before_ns);
     if (prefetching_->has_something() && prefetching_->rests_until_ns > host_.now_ns())
       sooner(prefetching_->rests_until_ns);
     const bool waits = prefetching_->background && prefetching_->under_way == 0 && pending_.empty();
@@ -308,6 +309,7 @@ PendingWhy Session::why(const Pending& pending) {
       return true;
     }
     if (outcome.stop == Stop::changing) {
+      hold_back();
       keep_unless(Put::put_off, *segment, wanted, now);
       return true;
     }
@@ -474,6 +476,7 @@ void Session::apply(const ForkEvent& event) {
   const AddressRange page{pending.page, page_size.bytes()};
   const Outcome outcome =
       pending.kind == Fault::Kind::write_protect ? uffd_.unprotect(page) : uffd_.resume(page);
+  if (outcome.stop == Stop::changing) hold_back();
   if (outcome.stop == Stop::changing || outcome.stop == Stop::no_memory) return put_off(pending);
   if (outcome.stop == Stop::gone) finish(SessionEnd::gone);
   if (outcome.stop != Stop::complete) wake(page);
@@ -484,6 +487,7 @@ void Session::apply(const ForkEvent& event) {
   const Segment* segment = state_.layout().find(pending.page);
   if (segment == nullptr) {
     const std::optional<bool> grown = has_grown_over(pending.page);
+    if (!grown) hold_back();
     if (!grown) return put_off(pending);
     if (*grown) segment = state_.layout().find(pending.page);
   }
@@ -558,6 +562,7 @@ Session::Served Session::serve_outside(Pending& pending, PageSize page_size) {
   // Without an image, memory is zero.
   const AddressRange page{pending.page, page_size.bytes()};
   const Outcome outcome = zero_once(page.start, page_size, kPage4K.pages(page.length));
+  if (outcome.stop == Stop::changing) hold_back();
   switch (outcome.stop) {
     case Stop::complete:
       add(counters_->pages_outside);
@@ -678,9 +683,12 @@ std::optional<bool> Session::has_grown_over(Address page) {
   return Served::done;
 }
 
+void Session::hold_back() {
+  changing_until_ns_ = host_.now_ns() + kPutOffFirstNs;
+}
+
 Session::Served Session::put_off(Pending& pending, bool no_memory) {
   pending.no_memory = no_memory;
-  if (!no_memory) changing_until_ns_ = host_.now_ns() + kPutOffFirstNs;
   add(counters_->retries);
   pending.not_before_ns = host_.now_ns() + put_off_ns(pending.attempts++);
   return Served::put_off;
@@ -795,6 +803,7 @@ bool Session::is_brought(const Segment& segment, PageRange run) {
         passed = page;
         break;
       case Stop::changing:
+        hold_back();
         return Put::put_off;
       case Stop::no_memory:
         return Put::no_memory;

@@ -408,6 +408,9 @@ class Session {
   bool is_demanded(const UnderWay& fetch, const Segment& segment, PageIndex first) const;
   Served served_by(Put put, Pending& pending, const Segment& segment, PageIndex wanted);
   Served put_off(Pending& pending, bool no_memory = false);
+  // The kernel has put something off because the client is changing its address space: nothing would be
+  // answered for a moment.
+  void hold_back();
   // The fetch's number, or 0 if there is no memory for it.
   std::uint64_t start_fetch(const Segment& segment, PageRange run);
   bool may_fetch(RegionId region) const;

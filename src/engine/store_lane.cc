@@ -21,21 +21,23 @@ constexpr unsigned kUnaskedThreadsMax = StoreLane::kThreadsMax / 2;
 // And such reads that wait for one.
 constexpr std::size_t kUnaskedQueuedMax = 32;
 
-struct Job {
+}  // namespace
+
+struct StoreLane::Job {
+  // Where the file is whose part it wants, if it may be read with others.
+  std::optional<FilePart> part_to_read_with_others() const {
+    return alone ? std::nullopt : small_part(*fetch);
+  }
+  // To whoever wants it, if he still exists.
+  void give() {
+    if (const auto to = sink.lock()) to->fetched(std::move(fetch));
+    *this = {};
+  }
+
   std::unique_ptr<Fetch> fetch;
   std::weak_ptr<FetchSink> sink;
   bool alone = false;  // with others it could not be read
 };
-
-std::optional<FilePart> part_to_read_with_others(const Job& job) {
-  return job.alone ? std::nullopt : small_part(*job.fetch);
-}
-
-void give(Job job) {
-  if (const auto sink = job.sink.lock()) sink->fetched(std::move(job.fetch));
-}
-
-}  // namespace
 
 struct StoreLane::Shared {
   Shared(ReadRetries how, Threads runner, std::shared_ptr<BatchReaders> all)
@@ -73,11 +75,9 @@ struct StoreLane::Shared {
   }
   // Whether the job and others that wait may be read together.
   bool has_company(const Job& job) const {
-    return readers && !queues[0].empty() && part_to_read_with_others(job) &&
-           part_to_read_with_others(queues[0].front());
+    return readers && !queues[0].empty() && job.part_to_read_with_others() &&
+           queues[0].front().part_to_read_with_others();
   }
-  // Reads the job and what comes for faults meanwhile, until none of it is under way.
-  void read_together(std::unique_lock<std::mutex>& lock, Job first, BatchReader& reader);
   void push(Job job) { queues[static_cast<std::size_t>(job.fetch->urgency)].push_back(std::move(job)); }
 
   // Queues what is due, with `mutex` held; says when to look again.
@@ -105,42 +105,58 @@ struct StoreLane::Shared {
   bool closed = false;
 };
 
-void StoreLane::Shared::read_together(std::unique_lock<std::mutex>& lock, Job first, BatchReader& reader) {
+void StoreLane::wake_one(const std::shared_ptr<Shared>& shared) {
+  bool start = false;
+  {
+    const std::lock_guard lock(shared->mutex);
+    std::size_t waiting = 0;
+    for (const auto& queue : shared->queues) waiting += queue.size();
+    start = shared->idle < waiting && shared->threads < kThreadsMax;
+    if (start) ++shared->threads;
+  }
+  // Without a further thread the work waits for one of those that are there.
+  if (!start || !start_thread(shared)) shared->work.notify_one();
+}
+
+void StoreLane::read_together(const std::shared_ptr<Shared>& shared, std::unique_lock<std::mutex>& lock,
+                              Job first, BatchReader& reader) {
   std::unordered_map<std::uint64_t, Job> under_way;
   std::uint64_t last_tag = 0;
+  std::deque<Job>& queue = shared->queues[0];
   const auto begin = [&](Job job, FilePart part) {
     reader.begin(part, job.fetch->buffer_bytes(), ++last_tag);
     under_way.emplace(last_tag, std::move(job));
   };
   const auto begin_next = [&] {
-    if (queues[0].empty()) return false;
-    const std::optional<FilePart> part = part_to_read_with_others(queues[0].front());
+    if (queue.empty()) return false;
+    const std::optional<FilePart> part = queue.front().part_to_read_with_others();
     if (!part) return false;
-    Job job = std::move(queues[0].front());
-    queues[0].pop_front();
+    Job job = std::move(queue.front());
+    queue.pop_front();
     begin(std::move(job), *part);
     return true;
   };
-  const FilePart part = *part_to_read_with_others(first);
+  const FilePart part = *first.part_to_read_with_others();
   begin(std::move(first), part);
   while (!under_way.empty()) {
-    // What is to be tried again is read alone, when those under way are done.
-    queue_what_is_due();
+    shared->queue_what_is_due();
     while (under_way.size() < reader.most() && begin_next()) continue;
+    const bool others_wait = !queue.empty();
     lock.unlock();
+    // What cannot be read with these must not wait for them.
+    if (others_wait) wake_one(shared);
     std::vector<Job> failed;
     for (const BatchReader::Done& done : reader.wait()) {
       Job job = std::move(under_way.extract(done.tag).mapped());
       if (done.result == static_cast<std::int64_t>(job.fetch->bytes().value))
-        give(std::move(job));
+        job.give();
       else
         failed.push_back(std::move(job));
     }
     lock.lock();
     for (Job& job : failed) {
       job.alone = true;
-      queues[0].push_front(std::move(job));
-      work.notify_one();
+      queue.push_front(std::move(job));
     }
   }
 }
@@ -177,17 +193,11 @@ StoreLane::~StoreLane() {
 }
 
 void StoreLane::submit(std::unique_ptr<Fetch> fetch, std::weak_ptr<FetchSink> sink) {
-  bool start = false;
   {
     const std::lock_guard lock(shared_->mutex);
-    shared_->push({std::move(fetch), std::move(sink)});
-    std::size_t waiting = 0;
-    for (const auto& queue : shared_->queues) waiting += queue.size();
-    start = shared_->idle < waiting && shared_->threads < kThreadsMax;
-    if (start) ++shared_->threads;
+    shared_->push({.fetch = std::move(fetch), .sink = std::move(sink)});
   }
-  // Without a further thread the work waits for one of those that are there.
-  if (!start || !start_thread(shared_)) shared_->work.notify_one();
+  wake_one(shared_);
 }
 
 bool StoreLane::takes_unasked() const {
@@ -229,7 +239,7 @@ void StoreLane::run(std::shared_ptr<Shared> shared) {
     if (shared->has_company(job)) {
       const BorrowedReader reader(shared->readers.get());
       if (reader) {
-        shared->read_together(lock, std::move(job), *reader);
+        read_together(shared, lock, std::move(job), *reader);
         continue;
       }
     }
@@ -238,7 +248,7 @@ void StoreLane::run(std::shared_ptr<Shared> shared) {
     if (fetch.urgency != Urgency::demand) {
       // What cannot be read now is tried again when somebody asks for it.
       read_fetch(fetch, shared->readers.get());
-      give(std::move(job));
+      job.give();
       lock.lock();
       --shared->unasked;
       continue;
@@ -251,7 +261,7 @@ void StoreLane::run(std::shared_ptr<Shared> shared) {
       if (!shared->closed) shared->later.emplace(shared->run_by.now_ns() + pause.count(), std::move(job));
       continue;
     }
-    give(std::move(job));
+    job.give();
     lock.lock();
   }
   --shared->threads;

@@ -66,11 +66,17 @@ class StoreLane {
   void when_idle(std::weak_ptr<IdleWork> work);
 
  private:
+  struct Job;
   struct Shared;
   StoreLane(std::shared_ptr<Store> store, UniqueFd file, std::shared_ptr<Shared> shared);
   // Starts a thread that has been counted in Shared::threads.
   static bool start_thread(const std::shared_ptr<Shared>& shared);
   static void run(std::shared_ptr<Shared> shared);
+  // Has somebody look at what waits in the queues.
+  static void wake_one(const std::shared_ptr<Shared>& shared);
+  // Reads the job and what comes for faults meanwhile, until none of it is under way.
+  static void read_together(const std::shared_ptr<Shared>& shared, std::unique_lock<std::mutex>& lock,
+                            Job first, BatchReader& reader);
 
   std::shared_ptr<Store> store_;
   UniqueFd file_;

@@ -1,7 +1,7 @@
 // Whose memory is looked at when, whether it is still there.
 //
-// A process that calls exec(2) tells nobody that the memory which a session serves is gone, and nor does the
-// child of a fork that exits, whose process nobody knows. So their memory is looked at from time to time,
+// A process that calls exec(2) tells nobody that the memory which a session serves is gone, and nor does one
+// that exits and is not known, such as the child of a fork. So their memory is looked at from time to time,
 // after pauses that double while its client does nothing. Those who are due at about the same time are due
 // together, so that thousands of idle clients wake nobody thousands of times. Pure: times come in. Threads:
 // none of its own; callers exclude each other.
@@ -23,11 +23,11 @@ class TargetWatch {
   static constexpr std::int64_t kFirstPauseNs = 1'000'000'000;
   // The longest pause: where nobody tells of an exit, and where only an exec(2) goes unheard.
   static constexpr std::int64_t kMostPauseNs = 64 * kFirstPauseNs;
-  static constexpr std::int64_t kMostPauseOfToldNs = 4096 * kFirstPauseNs;
+  static constexpr std::int64_t kMostPauseOfToldNs = 1024 * kFirstPauseNs;
 
   // `exit_is_told`: somebody hears of the exit of its process.
   void add(SessionId session, bool exit_is_told, std::int64_t now_ns);
-  // Its process has exited, and its memory may be another's now, of whose exit nobody will tell.
+  // Nobody tells of an exit any more: its process has exited, and its memory may be another's now.
   void exit_was_told(SessionId session, std::int64_t now_ns);
   void remove(SessionId session);
 

@@ -147,7 +147,10 @@ BatchReader* ReadRings::take() {
 void ReadRings::give_back(BatchReader& reader) {
   auto& ring = static_cast<Ring&>(reader);
   const std::lock_guard lock(mutex_);
-  if (ring.is_usable()) free_.push_back(&ring);
+  if (ring.is_usable())
+    free_.push_back(&ring);
+  else
+    --usable_;
 }
 
 }  // namespace uffdkit

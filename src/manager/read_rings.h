@@ -6,6 +6,8 @@
 
 #include <uffdkit/error.h>
 
+#include <atomic>
+#include <cstddef>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -25,6 +27,7 @@ class ReadRings final : public BatchReaders {
   ~ReadRings() override;
 
   BatchReader* take() override;
+  bool has_any() const override { return usable_.load(std::memory_order_relaxed) > 0; }
   void give_back(BatchReader& reader) override;
 
  private:
@@ -34,6 +37,7 @@ class ReadRings final : public BatchReaders {
   const std::vector<std::unique_ptr<Ring>> rings_;
   std::mutex mutex_;
   std::vector<Ring*> free_;  // the one that was used last is last
+  std::atomic<std::size_t> usable_{rings_.size()};
 };
 
 }  // namespace uffdkit

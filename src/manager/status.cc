@@ -189,7 +189,7 @@ nlohmann::json Manager::Impl::status() {
                  {"sessions", std::move(sessions)},
                  {"shared_images", std::move(shared)},
                  {"image_cache", cache_to_json(images_->cache())},
-                 {"reads_by", options_.readers ? "io_uring" : "threads"},
+                 {"reads_by", options_.readers && options_.readers->has_any() ? "io_uring" : "threads"},
                  {"sessions_left_out", left_out},
                  {"late_faults", watchdog_.late_faults()},
                  {"sessions_not_taken_up", not_taken_up_.size()},

@@ -80,8 +80,9 @@ bool map_huge_anonymous(AddressSpace& space, const Area& area, std::uint64_t add
   if (first != space.pages().end() && first->first < start + kHugePage) return false;
   const bool own = write || !space.reads_map_zero_page;
   for (std::uint64_t page = start; page < start + kHugePage; page += kSmallPage)
-    space.set(page, own ? Pte{.frame = std::make_shared<Frame>(kSmallPage), .anon = true, .writable = true}
-                        : Pte{.zero = true});
+    space.set(page,
+              own ? Pte{.frame = std::make_shared<Frame>(kSmallPage), .anon = true, .writable = area.writable}
+                  : Pte{.zero = true});
   space.map_huge(start);
   return true;
 }

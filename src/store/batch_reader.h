@@ -37,6 +37,8 @@ class BatchReaders {
   virtual ~BatchReaders() = default;
   // nullptr: none is free now, or there never is one.
   virtual BatchReader* take() = 0;
+  // Whether there are any, free or not.
+  virtual bool has_any() const = 0;
   // With nothing under way.
   virtual void give_back(BatchReader& reader) = 0;
 };

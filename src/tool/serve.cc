@@ -121,7 +121,10 @@ int serve(const Options& options, const std::vector<StoreFault>& faults, Records
   std::shared_ptr<ReadRings> rings;
   if (!options.no_io_uring) {
     Result<std::shared_ptr<ReadRings>> made = ReadRings::create();
-    if (made) rings = std::move(*made);
+    if (made)
+      rings = std::move(*made);
+    else if (records == nullptr || records->shared().is_ready == 0)
+      report(made.error());
   }
   Result<std::unique_ptr<Manager>> manager =
       Manager::create({.workers = options.workers,

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "daemon/fixture.h"
+#include "manager/read_rings.h"
 
 namespace uffdkit::test {
 namespace {
@@ -15,8 +16,8 @@ constexpr std::size_t kPages = 2048;
 
 class Reads : public ManagerTest {
  protected:
-  // Who reads the image while clients touch each page of it in an order of their own: twice from a cold disk
-  // by its faults, and once by a recording.
+  // By what the image is read while clients touch each page of it in an order of their own: twice by their
+  // faults, and once by a recording.
   std::string serve_from_a_cold_disk(std::vector<std::string> options) {
     options.insert(options.end(), {"--firecracker", socket_ + "=" + image_.path(), "--fault-around", "1"});
     std::string reads_by;
@@ -51,8 +52,9 @@ void refuse_io_uring() {
           "no filter");
 }
 
-TEST_F(Reads, AreRightByWhateverTheSystemHas) {
-  serve_from_a_cold_disk({});
+TEST_F(Reads, AreByIoUringWhereThereIsOne) {
+  const bool has_rings = ReadRings::create().has_value();
+  EXPECT_EQ(serve_from_a_cold_disk({}), has_rings ? "io_uring" : "threads");
 }
 
 TEST_F(Reads, AreByThreadsWhereThatIsAskedFor) {

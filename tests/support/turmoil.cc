@@ -134,9 +134,12 @@ void Turmoil::in_process(Shared& shared, const std::function<void()>& work) {
       _exit(1);
     }
   }
+  // The child's steps have their own time.
+  const bool had_time = alarm(0) > 0;
   int status = 0;
   while (waitpid(pid, &status, 0) < 0 && errno == EINTR) {
   }
+  if (had_time) alarm(kHangSeconds);
   if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
     throw std::runtime_error("process " + std::to_string(pid) + " ended with status " +
                              std::to_string(status));
@@ -185,9 +188,12 @@ void Turmoil::run(const Image& image, const Setting& setting, Shared& shared) {
 }
 
 void Turmoil::live(const Image& image, const Setting& setting, std::uint64_t seed, Shared& shared) {
-  const auto step = [&](const std::function<void()>& work) {
+  const auto begin_step = [&] {
     shared.step_began_ns = now_ns();
     alarm(kHangSeconds);
+  };
+  const auto step = [&](const std::function<void()>& work) {
+    begin_step();
     work();
     shared.step_began_ns = 0;
     ++shared.steps;
@@ -245,6 +251,7 @@ void Turmoil::live(const Image& image, const Setting& setting, std::uint64_t see
       } else if (setting.kind == Kind::forking && kind >= 98) {
         in_process(shared, [&] {
           for (std::size_t j = 0; j < kForkSteps; ++j) {
+            begin_step();
             life.check(life.random_page());
             if (j % 8 == 3) life.write(life.random_page());
             if (j % 8 == 5) life.give_back(life.random_page(), 1);

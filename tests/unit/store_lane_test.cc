@@ -283,7 +283,7 @@ class FileLikeStore final : public Store, public ReadAhead {
   std::uint64_t unit_at(StoreOffset from) const noexcept override { return from.value / 4096; }
   bool is_only_copied() const noexcept override { return true; }
   std::optional<FilePart> part_of(StoreOffset from, ByteCount bytes) const noexcept override {
-    if (from.value + bytes.value > kEnd) return std::nullopt;
+    if (!has_parts || from.value + bytes.value > kEnd) return std::nullopt;
     return FilePart{.file = 3, .offset = from.value};
   }
 
@@ -292,6 +292,7 @@ class FileLikeStore final : public Store, public ReadAhead {
     is_open.notify_all();
   }
 
+  bool has_parts = true;
   std::atomic<int> reads{0};
   std::atomic<int> told{0};
   std::atomic<bool> is_open{true};  // while it is not, readers wait
@@ -301,6 +302,7 @@ class FileLikeStore final : public Store, public ReadAhead {
 // `cut` with half of what was asked for. While it is closed, it answers nobody.
 class FakeReaders final : public BatchReaders {
  public:
+  bool has_any() const override { return true; }
   BatchReader* take() override { return is_free && !taken_.exchange(true) ? &reader_ : nullptr; }
   void give_back(BatchReader&) override {
     EXPECT_TRUE(reader_.begun.empty());
@@ -431,30 +433,38 @@ TEST_F(ReadsTogether, WhatCannotBeReadSoIsReadAsWithoutIt) {
   EXPECT_TRUE(fetch.failed.none());
   EXPECT_EQ(first_bytes(fetch),
             (std::vector<std::byte>{kTogether, kByRead, kByRead, kByRead, kTogether, kByRead}));
+  EXPECT_EQ(store_->told, 1);
 }
 
-TEST_F(ReadsTogether, LargePiecesOneAloneAndWhatFindsNoReaderAreReadOneByOne) {
-  Fetch large = pieces({{0, 4}, {8, 3}});
+TEST_F(ReadsTogether, LargePiecesAFewAndWhatFindsNoReaderAreToldOfAndReadOneByOne) {
+  Fetch large = pieces({{0, 3}, {4, 3}, {8, 3}, {12, 3}, {16, 3}});
   read_fetch(large, readers_.get());
-  Fetch alone = pieces({{0, 1}});
-  read_fetch(alone, readers_.get());
+  Fetch few = pieces({{0, 1}, {2, 1}, {4, 1}, {6, 1}});
+  read_fetch(few, readers_.get());
+  const std::vector<std::pair<std::uint64_t, std::uint64_t>> many = {{0, 1}, {2, 1}, {4, 1}, {6, 1}, {8, 1}};
   readers_->is_free = false;
-  Fetch small = pieces({{0, 1}, {2, 1}});
-  read_fetch(small, readers_.get());
-  Fetch without = pieces({{0, 1}, {2, 1}});
+  Fetch busy = pieces(many);
+  read_fetch(busy, readers_.get());
+  readers_->is_free = true;
+  Fetch without = pieces(many);
   read_fetch(without);
-  for (const Fetch* fetch : {&large, &alone, &small, &without})
+  // As of a compressed image.
+  store_->has_parts = false;
+  Fetch worked_for = pieces(many);
+  read_fetch(worked_for, readers_.get());
+  for (const Fetch* fetch : {&large, &few, &busy, &without, &worked_for})
     for (const std::byte byte : first_bytes(*fetch)) EXPECT_EQ(byte, kByRead);
   EXPECT_EQ(readers_->most_together(), 0u);
-  EXPECT_EQ(store_->told, 2 + 1 + 2 + 2);
+  EXPECT_EQ(store_->told, 5 + 4 + 5 + 5 + 5);
 }
 
 TEST_F(ReadsTogether, PagesThatAreOnlyToBeOnTheirWayAreToldOf) {
-  Fetch fetch = pieces({{0, 1}, {2, 1}, {4, 1}});
+  Fetch fetch = pieces({{0, 1}, {2, 1}, {4, 1}, {6, 1}, {8, 1}, {10, 1}});
   fetch.pieces[1].read = false;
-  fetch.granules = PageCount(2);
+  fetch.granules = PageCount(5);
   read_fetch(fetch, readers_.get());
-  EXPECT_EQ(first_bytes(fetch), (std::vector<std::byte>{kTogether, kTogether}));
+  std::vector<std::byte> bytes = first_bytes(fetch);
+  EXPECT_EQ(bytes, std::vector<std::byte>(5, kTogether));
   EXPECT_EQ(store_->told, 1);
 }
 
@@ -467,6 +477,17 @@ TEST_F(ReadsTogether, FaultsThatComeWhileOthersAreReadJoinThem) {
   const std::vector<std::uint64_t> ids = sink->wait_for(200);
   for (std::uint64_t id = 0; id < 200; ++id) EXPECT_EQ(ids[id], id);
   EXPECT_FALSE(sink->last_failed());
+  EXPECT_GE(readers_->most_together(), 2u);
+}
+
+TEST_F(ReadsTogether, WhateverFailsTogetherIsReadAlone) {
+  const auto lane = StoreLane::create(store_, {.count = 0}, {}, {}, readers_).value();
+  const auto sink = std::make_shared<Sink>();
+  // All that is read together fails, and is read alone.
+  for (std::uint64_t page = 0; page < 200; ++page) readers_->broken.push_back(page);
+  submit_many(*lane, sink, 200);
+  readers_->open();
+  EXPECT_GE(sink->wait_for(200).size(), 200u);
 }
 
 TEST_F(ReadsTogether, TheLaneMayGoWhileItIsReadFor) {
