@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "base/check.h"
+
 namespace uffdkit {
 namespace {
 
@@ -136,8 +138,9 @@ void StoreLane::read_together(const std::shared_ptr<Shared>& shared, std::unique
     begin(std::move(job), *part);
     return true;
   };
-  const FilePart part = *first.part_to_read_with_others();
-  begin(std::move(first), part);
+  const std::optional<FilePart> first_part = first.part_to_read_with_others();
+  CHECK(first_part.has_value());
+  begin(std::move(first), *first_part);
   while (!under_way.empty()) {
     shared->queue_what_is_due();
     while (under_way.size() < reader.most() && begin_next()) continue;
