@@ -275,11 +275,11 @@ Turmoil::Counts Turmoil::counts() const {
   return counts;
 }
 
-std::string Turmoil::hanging() const {
+std::string Turmoil::hanging(std::chrono::seconds limit) const {
   for (std::size_t i = 0; i < clients_.size(); ++i) {
     const std::int64_t began = shared(i).step_began_ns;
-    if (began != 0 && now_ns() - began > std::int64_t{kHangSeconds} * 1'000'000'000)
-      return "client " + std::to_string(i) + " has waited for more than " + std::to_string(kHangSeconds) +
+    if (began != 0 && now_ns() - began > std::chrono::nanoseconds(limit).count())
+      return "client " + std::to_string(i) + " has waited for more than " + std::to_string(limit.count()) +
              " seconds";
   }
   return "";

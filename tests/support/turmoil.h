@@ -6,6 +6,7 @@
 
 #include <uffdkit/client.h>
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -54,8 +55,8 @@ class Turmoil {
 
   // What they have done so far, together.
   Counts counts() const;
-  // Empty, or which of them has not made a step for kHangSeconds.
-  std::string hanging() const;
+  // Empty, or which of them has not made a step for so long.
+  std::string hanging(std::chrono::seconds limit = std::chrono::seconds(kHangSeconds)) const;
   // The longest touch or call of each since the last time this was asked, in microseconds; one that is in one
   // counts with that.
   std::vector<std::uint64_t> longest_us() const;
