@@ -180,15 +180,9 @@ int main(int argc, char** argv) {
   return run_bench(
       argc, argv, "What do clones of one image cost?",
       [&](CLI::App& app) {
-        app.add_option("--mib", settings.mib, "Size of the image in MiB")
-            ->check(CLI::Range(1, 1 << 16))
-            ->capture_default_str();
-        app.add_option("--percent", settings.percent, "How much of the image each clone reads")
-            ->check(CLI::Range(1, 100))
-            ->capture_default_str();
-        app.add_option("--clones", settings.clones, "Number of clones")
-            ->check(CLI::Range(2, 1000))
-            ->capture_default_str();
+        add_number(app, "--mib", settings.mib, "Size of the image in MiB", 1, 1 << 16);
+        add_number(app, "--percent", settings.percent, "How much of the image each clone reads", 1, 100);
+        add_number(app, "--clones", settings.clones, "Number of clones", 2, 1000);
       },
       [&](const Options& options, Report& report) { measure(options, settings, report); });
 }

@@ -108,12 +108,8 @@ int main(int argc, char** argv) {
   return run_bench(
       argc, argv, "What do faults cost that wait for a cold disk together?",
       [&](CLI::App& app) {
-        app.add_option("--mib", settings.mib, "Size of the memory in MiB")
-            ->check(CLI::Range(1, 1 << 20))
-            ->capture_default_str();
-        app.add_option("--faults", settings.faults, "Pages that are touched, of all clients")
-            ->check(CLI::Range(1, 1 << 20))
-            ->capture_default_str();
+        add_number(app, "--mib", settings.mib, "Size of the memory in MiB", 1, 1 << 20);
+        add_number(app, "--faults", settings.faults, "Pages that are touched, of all clients", 1, 1 << 20);
       },
       [&](const Options& options, Report& report) { measure(options, settings, report); });
 }

@@ -241,12 +241,8 @@ int main(int argc, char** argv) {
   return run_bench(
       argc, argv, "What does a disk give that is read at random?",
       [&](CLI::App& app) {
-        app.add_option("--mib", settings.mib, "Size of the file in MiB")
-            ->check(CLI::Range(1, 1 << 20))
-            ->capture_default_str();
-        app.add_option("--reads", settings.reads, "Reads of each kind")
-            ->check(CLI::Range(1, 1 << 20))
-            ->capture_default_str();
+        add_number(app, "--mib", settings.mib, "Size of the file in MiB", 1, 1 << 20);
+        add_number(app, "--reads", settings.reads, "Reads of each kind", 1, 1 << 20);
       },
       [&](const Options& options, Report& report) { measure(options, settings, report); });
 }

@@ -120,9 +120,7 @@ int main(int argc, char** argv) {
   return run_bench(
       argc, argv, "How soon has a lazily restored process done its work, and all of its memory?",
       [&](CLI::App& app) {
-        app.add_option("--mib", settings.mib, "Memory of the process in MiB")
-            ->check(CLI::Range(1, 1 << 20))
-            ->capture_default_str();
+        add_number(app, "--mib", settings.mib, "Memory of the process in MiB", 1, 1 << 20);
         app.add_option("--shape", settings.shapes, "Only this one; repeatable");
       },
       [&](const Options& options, Report& report) { measure(options, settings, report); });

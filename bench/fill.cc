@@ -183,10 +183,6 @@ int main(int argc, char** argv) {
   Settings settings;
   return run_bench(
       argc, argv, "How fast is memory filled that nobody waits for?",
-      [&](CLI::App& app) {
-        app.add_option("--mib", settings.mib, "Size of the image in MiB")
-            ->check(CLI::Range(1, 1 << 16))
-            ->capture_default_str();
-      },
+      [&](CLI::App& app) { add_number(app, "--mib", settings.mib, "Size of the image in MiB", 1, 1 << 16); },
       [&](const Options& options, Report& report) { measure(options, settings, report); });
 }

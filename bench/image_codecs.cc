@@ -138,10 +138,6 @@ int main(int argc, char** argv) {
   Settings settings;
   return run_bench(
       argc, argv, "What does it cost to decompress a frame of an image?",
-      [&](CLI::App& app) {
-        app.add_option("--mib", settings.mib, "How much memory")
-            ->check(CLI::Range(1, 1024))
-            ->capture_default_str();
-      },
+      [&](CLI::App& app) { add_number(app, "--mib", settings.mib, "How much memory", 1, 1024); },
       [&](const Options& options, Report& report) { measure(options, settings, report); });
 }

@@ -127,9 +127,7 @@ int main(int argc, char** argv) {
   return run_bench(
       argc, argv, "How large should frames of images be?",
       [&](CLI::App& app) {
-        app.add_option("--mib", settings.mib, "Size of the memory in MiB")
-            ->check(CLI::Range(1, 1 << 20))
-            ->capture_default_str();
+        add_number(app, "--mib", settings.mib, "Size of the memory in MiB", 1, 1 << 20);
         app.add_option("--frame", settings.frames, "Frame sizes; repeatable")->capture_default_str();
         app.add_option("--level", settings.levels, "Levels, of 64K frames; repeatable")
             ->capture_default_str();

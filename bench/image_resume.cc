@@ -149,12 +149,8 @@ int main(int argc, char** argv) {
   return run_bench(
       argc, argv, "Is a resume from a compressed image as fast as from a raw one?",
       [&](CLI::App& app) {
-        app.add_option("--mib", settings.mib, "Size of the memory in MiB")
-            ->check(CLI::Range(1, 1 << 20))
-            ->capture_default_str();
-        app.add_option("--percent", settings.percent, "How much of it the job touches")
-            ->check(CLI::Range(1, 100))
-            ->capture_default_str();
+        add_number(app, "--mib", settings.mib, "Size of the memory in MiB", 1, 1 << 20);
+        add_number(app, "--percent", settings.percent, "How much of it the job touches", 1, 100);
         app.add_option("--create", settings.create, "Options of uffdkit image create");
       },
       [&](const Options& options, Report& report) { measure(options, settings, report); });

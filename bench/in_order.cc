@@ -103,10 +103,6 @@ int main(int argc, char** argv) {
   Settings settings;
   return run_bench(
       argc, argv, "How soon has a client gone through its memory in order?",
-      [&](CLI::App& app) {
-        app.add_option("--mib", settings.mib, "Size of the memory in MiB")
-            ->check(CLI::Range(1, 1 << 20))
-            ->capture_default_str();
-      },
+      [&](CLI::App& app) { add_number(app, "--mib", settings.mib, "Size of the memory in MiB", 1, 1 << 20); },
       [&](const Options& options, Report& report) { measure(options, settings, report); });
 }

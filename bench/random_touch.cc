@@ -140,9 +140,7 @@ int main(int argc, char** argv) {
   return run_bench(
       argc, argv, "How fast does memory fill that is touched at random?",
       [&](CLI::App& app) {
-        app.add_option("--mib", settings.mib, "Size of the image in MiB")
-            ->check(CLI::Range(1, 1 << 20))
-            ->capture_default_str();
+        add_number(app, "--mib", settings.mib, "Size of the image in MiB", 1, 1 << 20);
         app.add_option("--threads", settings.threads, "Numbers of touching threads")->capture_default_str();
         app.add_option(
                "--variant", settings.variants,

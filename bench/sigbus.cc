@@ -176,10 +176,6 @@ int main(int argc, char** argv) {
       "Does a program fill its own memory faster with a thread for it, in a handler of SIGBUS, or by "
       "mprotect in "
       "one of SIGSEGV?",
-      [&](CLI::App& app) {
-        app.add_option("--mib", mib, "Size of the image in MiB")
-            ->check(CLI::Range(1, 1 << 20))
-            ->capture_default_str();
-      },
+      [&](CLI::App& app) { add_number(app, "--mib", mib, "Size of the image in MiB", 1, 1 << 20); },
       [&](const Options& options, Report& report) { measure(options, mib, report); });
 }

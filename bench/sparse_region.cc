@@ -139,9 +139,7 @@ int main(int argc, char** argv) {
   return run_bench(
       argc, argv, "Does a terabyte cost more than a gigabyte?",
       [&](CLI::App& app) {
-        app.add_option("--gib", gib, "Sizes of the large regions in GiB")
-            ->check(CLI::Range(1, 16 * 1024 - 1))
-            ->capture_default_str();
+        add_number(app, "--gib", gib, "Sizes of the large regions in GiB", 1, 16 * 1024 - 1);
       },
       [&](const Options& options, Report& report) { measure(options, gib, report); });
 }

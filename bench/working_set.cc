@@ -220,12 +220,8 @@ int main(int argc, char** argv) {
   return run_bench(
       argc, argv, "How soon is a job done whose pages were recorded before?",
       [&](CLI::App& app) {
-        app.add_option("--mib", settings.mib, "Size of the memory in MiB")
-            ->check(CLI::Range(1, 1 << 20))
-            ->capture_default_str();
-        app.add_option("--percent", settings.percent, "How much of it the job touches")
-            ->check(CLI::Range(1, 100))
-            ->capture_default_str();
+        add_number(app, "--mib", settings.mib, "Size of the memory in MiB", 1, 1 << 20);
+        add_number(app, "--percent", settings.percent, "How much of it the job touches", 1, 100);
         app.add_flag("--faults-only", settings.faults_only,
                      "Leave the job out, and ask only what a fault waits meanwhile");
       },

@@ -48,6 +48,13 @@ struct Options {
   unsigned rounds_or(unsigned usual) const { return rounds != 0 ? rounds : smoke ? 2 : usual; }
 };
 
+// An option of a bench's own: a whole number from `least` to `most`.
+template <class T>
+void add_number(CLI::App& app, const std::string& name, T& value, const std::string& what, int least,
+                int most) {
+  app.add_option(name, value, what)->check(CLI::Range(least, most))->capture_default_str();
+}
+
 // A bench's main(): reads the options, those of `add_options` too, makes the directory and removes it, and
 // prints the report. Exit codes: 0 done, 1 failed, 77 this machine lacks what it needs.
 int run_bench(int argc, char** argv, const std::string& question,
