@@ -68,6 +68,11 @@ class Scratch {
   void* memory_;
 };
 
+// The caller has it run; false: it has ended.
+bool check_target(Actor& actor) {
+  return actor.post([](Session& served) { return served.check_target(), true; });
+}
+
 Error no_such_session(SessionId session) {
   return Error(fmt::format("there is no session {}", session), ESRCH);
 }
@@ -288,7 +293,7 @@ void Engine::Shared::serve_event(Worker& worker) {
     case Source::process:
       if (const auto actor = find(session)) {
         exit_was_told(session);
-        actor->post([](Session& served) { return served.check_target(), true; });
+        check_target(*actor);
         actor->run(worker.scratch->bytes());
       }
       break;
@@ -348,7 +353,7 @@ void Engine::Shared::look_at_target(SessionId id) {
     const std::lock_guard lock(timer_mutex_);
     targets_.is_there(id, actor->faults(), threads_.now_ns());
     set_timer();
-  } else if (actor->post([](Session& served) { return served.check_target(), true; })) {
+  } else if (check_target(*actor)) {
     schedule(id);
   }
 }

@@ -153,7 +153,7 @@ void Session::count_in(SessionCounters* counters) {
   if (!end_ && !ending_ && detaching_) populating = populate();
   // What is asked for goes first.
   if (prefetching_ != nullptr && !end_ && !ending_ && !detaching_ && !waits_for_exit() && all_read &&
-      all_served && changing_until_ns_ <= host_.now_ns())
+      all_served && !is_held_back())
     bringing = prefetch_step();
   if (!end_ && ending_ && all_read) finish_ending();
   if (!end_ && overflowed_ && pending_.size() < kPendingMax / 2) {
@@ -174,14 +174,15 @@ void Session::count_in(SessionCounters* counters) {
   const auto sooner = [&](std::int64_t at) {
     if (at != 0 && (next.wake_at_ns == 0 || at < next.wake_at_ns)) next.wake_at_ns = at;
   };
-  const bool changing = changing_until_ns_ > host_.now_ns();
+  // The time, or when faults are tried again.
+  const auto not_held_back = [&, held_back = is_held_back()](std::int64_t at) {
+    return held_back ? std::max(at, changing_until_ns_) : at;
+  };
   for (const Pending& pending : pending_)
-    if (pending.is_waiting())
-      sooner(changing ? std::max(pending.not_before_ns, changing_until_ns_) : pending.not_before_ns);
+    if (pending.is_waiting()) sooner(not_held_back(pending.not_before_ns));
   if (detaching_) sooner(populate_not_before_ns_);
   if (prefetching_ != nullptr && !detaching_) {
-    sooner(changing ? std::max(prefetching_->not_before_ns, changing_until_ns_)
-                    : prefetching_->not_before_ns);
+    sooner(not_held_back(prefetching_->not_before_ns));
     if (prefetching_->has_something() && prefetching_->rests_until_ns > host_.now_ns())
       sooner(prefetching_->rests_until_ns);
     const bool waits = prefetching_->background && prefetching_->under_way == 0 && pending_.empty();
@@ -487,8 +488,10 @@ void Session::apply(const ForkEvent& event) {
   const Segment* segment = state_.layout().find(pending.page);
   if (segment == nullptr) {
     const std::optional<bool> grown = has_grown_over(pending.page);
-    if (!grown) hold_back();
-    if (!grown) return put_off(pending);
+    if (!grown) {
+      hold_back();
+      return put_off(pending);
+    }
     if (*grown) segment = state_.layout().find(pending.page);
   }
   if (segment == nullptr) return serve_outside(pending, kPage4K);

@@ -411,6 +411,7 @@ class Session {
   // The kernel has put something off because the client is changing its address space: nothing would be
   // answered for a moment.
   void hold_back();
+  bool is_held_back() const { return changing_until_ns_ > host_.now_ns(); }
   // The fetch's number, or 0 if there is no memory for it.
   std::uint64_t start_fetch(const Segment& segment, PageRange run);
   bool may_fetch(RegionId region) const;
