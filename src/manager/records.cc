@@ -437,8 +437,10 @@ std::vector<Records::Session> Records::sessions() const {
                    .shares = record.shares != 0,
                    .image = record.image});
   }
-  // By number, so that parents come before their children.
-  std::ranges::sort(all, {}, &Session::id);
+  // This one's share of a whole turn is that of the golden ratio's multiples, which lie evenly whatever their
+  // number.
+  const std::uint64_t share = (shared_->workers * 0x9e37'79b9u) & 0xffff'ffffu;
+  std::ranges::rotate(all, all.begin() + static_cast<std::ptrdiff_t>(share * all.size() >> 32));
   return all;
 }
 

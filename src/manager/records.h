@@ -148,6 +148,8 @@ class Records {
   // know nothing of are forgotten before. What is left of sockets that are connected is given back: of
   // clients that may have sent a handshake.
   std::vector<UniqueFd> sweep();
+  // Each worker's list begins elsewhere, so that where workers die before they have taken up all, everyone
+  // has a turn soon.
   std::vector<Session> sessions() const;
   std::vector<Listener> listeners() const;
   Image image(std::size_t index) const;

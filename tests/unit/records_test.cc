@@ -86,6 +86,23 @@ TEST_F(RecordsTest, AnImageStaysThoughTheFirstOfItsSessionsEndsWhileOthersAreTak
   EXPECT_FALSE(image_stays());
 }
 
+// Where workers are killed sooner than they have taken up all, nobody may be the last one each time.
+TEST_F(RecordsTest, EachSessionIsAmongTheFirstThatSomeWorkerTakesUp) {
+  constexpr SessionId kSessions = 64;
+  constexpr std::size_t kTakenUp = 8;
+  for (SessionId id = 1; id <= kSessions; ++id) ASSERT_TRUE(records_->add(session(id), lane_, nullptr));
+  std::set<SessionId> had_turn;
+  for (std::size_t worker = 1; worker <= 2 * kSessions / kTakenUp; ++worker) {
+    records_->shared().workers = worker;
+    const std::vector<Records::Session> found = next_worker()->sessions();
+    std::set<SessionId> all;
+    for (const Records::Session& session : found) all.insert(session.id);
+    ASSERT_EQ(all.size(), kSessions);
+    for (std::size_t i = 0; i < kTakenUp; ++i) had_turn.insert(found[i].id);
+  }
+  EXPECT_EQ(had_turn.size(), kSessions);
+}
+
 // The records as they are now, in a file of their own: what would be found if their writer were cut off here.
 UniqueFd copy_of(int fd) {
   UniqueFd copy(::memfd_create("copy", MFD_CLOEXEC));
