@@ -42,7 +42,8 @@ def speed_of_job(way):
 QUESTIONS = [
     *[(f"a fault, 1 to 4 threads, {placement}: {name}", "raw read+pread+COPY, placed likewise", 1.10, "below",
        worst("fault_latency", "fault_latency_threads", member=member, contender=ONE_PAGE, placement=placement))
-      for placement in ("same CPU", "other CPU") for name, member in (("p50", "p50_ratio"), ("mean", "mean_ratio"))],
+      for placement in ("same CPU", "other CPU")
+      for name, member in (("p50", "p50_ratio"), ("mean", "mean_ratio"), ("all of them", "took_ratio"))],
     ("a fault, placed freely: p50", "raw poll+read+pread+COPY, likewise", 1 / 3, "below",
      quotient(only("fault_latency", "fault_latency", member="p50_us", contender=ONE_PAGE, placement="free"),
               only("fault_latency", "fault_latency", member="p50_us", contender="raw poll+read+pread+COPY",

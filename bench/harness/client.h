@@ -23,7 +23,9 @@ class Client {
   // Reads one word of each of these pages, one after another, by so many threads at once, each an equal part;
   // nanoseconds that each took. A page that does not hold its stamp ends the bench.
   std::vector<std::uint32_t> touch(std::span<const std::uint64_t> pages, unsigned threads = 1);
-  // The same; nanoseconds that all of it took.
+  // What all of the last touch() took, from its first page to its last one, with waiting for the CPU.
+  std::uint64_t took_ns() const { return took_ns_; }
+  // The same, without a time of each page; nanoseconds that all of it took.
   std::uint64_t touch_all(std::span<const std::uint64_t> pages, unsigned threads);
   // Nanoseconds from before the handing over until the first page could be read.
   std::uint64_t attach_ns() const { return attach_ns_; }
@@ -42,6 +44,7 @@ class Client {
   Shared* shared_;
   std::unique_ptr<test::Child> child_;
   std::uint64_t attach_ns_ = 0;
+  std::uint64_t took_ns_ = 0;
 };
 
 }  // namespace uffdkit::bench
