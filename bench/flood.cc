@@ -41,7 +41,8 @@ struct Contender {
   std::string name;
   std::function<void(const test::ClientMemory&)> flood;  // none: alone
   bool stalls = false;                                   // its image does not answer meanwhile
-  bool is_quiet = false;  // it asks the manager for nothing, but takes time of the quiet one's CPU
+  bool asks = true;                                      // the manager for something
+  bool takes_its_cpu = false;                            // it runs where the quiet one does
   std::vector<double> p50_ns = {};
   std::vector<double> p99_ns = {};
   std::vector<std::uint32_t> all_ns = {};
@@ -113,13 +114,13 @@ class Turns {
     if (contender.flood) {
       const test::Image& image = contender.stalls ? stalled_ : flooded_;
       const auto run = [&](const test::ClientMemory& memory, const test::Channel&) {
-        pin(0, contender.is_quiet ? placement_.server_cpu : placement_.client_cpu);
+        pin(0, contender.takes_its_cpu ? placement_.server_cpu : placement_.client_cpu);
         contender.flood(memory);
       };
       flood.reset(new test::Child(
           test::client(image, test::whole(image), contender.stalls ? stalled_socket_ : socket_, run)));
       const std::uint64_t calm = messages(control_);
-      const std::uint64_t begun = contender.is_quiet ? 0 : 100;
+      const std::uint64_t begun = contender.asks ? 100 : 0;
       wait_until("the client floods", [&] { return messages(control_) >= calm + begun; });
     }
     const std::uint64_t messages_before = messages(control_);
@@ -160,10 +161,20 @@ void work_half_of_the_time(const test::ClientMemory&) {
   }
 }
 
+// What a client takes by running at all, where CPUs share more than memory.
+void work_for_ever(const test::ClientMemory&) {
+  const std::int64_t begin = monotonic_ns();
+  while (monotonic_ns() >= begin) continue;
+}
+
 void measure(const Options& options, Report& report) {
   std::vector<Contender> all = {
       {.name = "alone", .flood = {}},
-      {.name = "a process that uses half of its CPU", .flood = work_half_of_the_time, .is_quiet = true},
+      {.name = "a process that uses the other CPU", .flood = work_for_ever, .asks = false},
+      {.name = "a process that uses half of its CPU",
+       .flood = work_half_of_the_time,
+       .asks = false,
+       .takes_its_cpu = true},
       {.name = "duplicates: 4 threads with a signal", .flood = test::fault_under_signals, .stalls = true},
       {.name = "removals: 4 threads give back", .flood = test::give_back_for_ever},
       {.name = "faults: 32 threads touch and give back", .flood = test::fault_for_ever}};

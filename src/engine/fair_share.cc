@@ -7,7 +7,7 @@ constexpr std::int64_t kPeriodNs = 4 * FairShare::kSliceNs;
 // In a period. A client that is restored gives nothing back, and seldom has several threads at one page; a
 // balloon of one thread never fills a slice.
 constexpr std::uint64_t kEventsMax = 2;
-constexpr std::uint64_t kDuplicatesMax = 16;
+constexpr std::uint64_t kDuplicatesMax = 8;
 
 }  // namespace
 
