@@ -17,6 +17,7 @@
 #include <system_error>
 #include <vector>
 
+#include "image/stored_set.h"
 #include "support/child.h"
 
 namespace uffdkit::bench {
@@ -142,8 +143,9 @@ double create_image(const std::string& uffdkit, const std::string& from, const s
   return run(std::move(arguments));
 }
 
-void store_working_set(const std::string& uffdkit, const std::string& image, const std::string& to) {
-  run({uffdkit, "image", "diff", "--force", "--working-set", image + ".ws", image, image, to});
+std::string store_working_set(const std::string& uffdkit, const std::string& image) {
+  run({uffdkit, "image", "store-set", image});
+  return image + image::kStoredSetSuffix;
 }
 
 }  // namespace uffdkit::bench

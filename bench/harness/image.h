@@ -29,8 +29,8 @@ void drop_from_page_cache(const std::string& path);
 // Has `uffdkit image create` make the image `to` of the raw file `from`; seconds that it took.
 double create_image(const std::string& uffdkit, const std::string& from, const std::string& to,
                     const std::vector<std::string>& options);
-// Has `uffdkit image diff` make the image `to` beside `image`, of which it is a diff that stores the pages of
-// the working set for themselves.
-void store_working_set(const std::string& uffdkit, const std::string& image, const std::string& to);
+// Has `uffdkit image store-set` store the pages of the image's working set for themselves; the file that it
+// makes.
+std::string store_working_set(const std::string& uffdkit, const std::string& image);
 
 }  // namespace uffdkit::bench

@@ -26,11 +26,33 @@ Result<std::filesystem::path> path_of(int fd, const std::string& name) {
   return path;
 }
 
+// The one that the file lies in.
+Result<UniqueFd> open_folder(const std::filesystem::path& file) {
+  const std::string path = file.parent_path().string();
+  UniqueFd folder(::open(path.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC));
+  if (!folder) return Failure(Error::from_open("the folder " + path, errno));
+  return folder;
+}
+
 UniqueFd open_beside(int folder, const std::string& name) {
   open_how how{};
   how.flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
   how.resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS;
   return UniqueFd(static_cast<int>(::syscall(SYS_openat2, folder, name.c_str(), &how, sizeof how)));
+}
+
+// Or ours: nobody has put it there who could not change the image.
+bool has_same_owner(int image, int other) {
+  struct stat of_image;
+  struct stat of_other;
+  if (::fstat(image, &of_image) < 0 || ::fstat(other, &of_other) < 0) return false;
+  return of_other.st_uid == of_image.st_uid || of_other.st_uid == ::geteuid();
+}
+
+// Whether `set` is a diff of `image` in which nothing differs.
+bool shows_the_same(const Record& set, const Record& image) {
+  return set.is_diff && set.parent == image.identity && set.identity == image.identity &&
+         set.raw_bytes == image.raw_bytes;
 }
 
 }  // namespace
@@ -74,15 +96,45 @@ Result<OpenImage> ImageOpener::open(UniqueFd file, const std::string& name) {
   if (record.is_diff) {
     Result<std::filesystem::path> path = path_of(file.get(), name);
     if (!path) return Failure(std::move(path).error());
-    const std::string folder_path = path->parent_path().string();
-    const UniqueFd folder(::open(folder_path.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC));
-    if (!folder) return Failure(Error::from_open("the folder " + folder_path, errno));
-    if (auto added = add_parents(folder.get(), folder_path, layers); !added)
+    const Result<UniqueFd> folder = open_folder(*path);
+    if (!folder) return Failure(folder.error());
+    if (auto added = add_parents(folder->get(), path->parent_path().string(), layers); !added)
       return Failure(std::move(added).error());
   }
   Result<std::shared_ptr<Store>> store = make_layered_store(name, layers);
   if (!store) return Failure(std::move(store).error());
   return OpenImage{.store = std::move(*store), .layers = std::move(layers), .raw_bytes = record.raw_bytes};
+}
+
+Result<void> ImageOpener::add_stored_set(OpenImage& image, int file, const std::string& name) {
+  if (image.is_raw()) return {};
+  const Result<std::filesystem::path> path = path_of(file, name);
+  if (!path) return Failure(path.error());
+  const std::string set_path = path->string() + kStoredSetSuffix;
+  const Result<UniqueFd> folder = open_folder(*path);
+  if (!folder) return Failure(folder.error());
+  const UniqueFd set_file = open_beside(folder->get(), path->filename().string() + kStoredSetSuffix);
+  if (!set_file && errno == ENOENT) return {};
+  if (!set_file) return Failure(Error::from_open("the stored working set " + set_path, errno));
+  if (!has_same_owner(file, set_file.get()))
+    return Failure(Error(set_path + " is another user's than the image", EPERM)
+                       .with_remedy("make it as the image's owner: uffdkit image store-set"));
+  Result<FileBytes> bytes = look_at(set_file, set_path);
+  if (!bytes) return Failure(std::move(bytes).error());
+  Result<std::shared_ptr<ImageFile>> set = nullptr;
+  if (bytes->kind == Kind::compressed) set = share(std::move(*bytes));
+  if (!set) return Failure(std::move(set).error());
+  const Record& own = image.layers.front()->record();
+  if (*set == nullptr || !shows_the_same((*set)->record(), own))
+    return Failure(Error(fmt::format("{} is no working set stored of {}", set_path, name), ESTALE)
+                       .with_remedy("make it anew: uffdkit image store-set"));
+  std::vector<std::shared_ptr<ImageFile>> layers{std::move(*set)};
+  layers.insert(layers.end(), image.layers.begin(), image.layers.end());
+  Result<std::shared_ptr<Store>> store = make_layered_store(name, std::move(layers));
+  if (!store) return Failure(std::move(store).error());
+  image.stored_set = std::make_shared<StoredSet>(std::move(*store), image.store);
+  image.store = image.stored_set;
+  return {};
 }
 
 Result<void> ImageOpener::add_parents(int folder, const std::string& path,

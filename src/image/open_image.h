@@ -14,6 +14,7 @@
 
 #include "image/frame_cache.h"
 #include "image/image_file.h"
+#include "image/stored_set.h"
 
 namespace uffdkit::image {
 
@@ -29,6 +30,8 @@ struct OpenImage {
   bool is_raw() const { return layers.empty(); }
   // Bytes of the memory, which need not be whole pages.
   std::uint64_t raw_bytes = 0;
+  // `store`, where add_stored_set() has found a file.
+  std::shared_ptr<StoredSet> stored_set = nullptr;
 };
 
 // Opens raw memory files and images. Files that are open already are shared, so that images with a common
@@ -45,6 +48,11 @@ class ImageOpener {
   Result<OpenImage> open(const std::string& path);
   // Likewise for an open file, which `name` stands for in messages.
   Result<OpenImage> open(UniqueFd file, const std::string& name);
+
+  // Has the memory of an image that is open as `file` read from what lies beside it under its name and
+  // kStoredSetSuffix, if there is anything. Errors: that cannot be opened, or is not of this image; then
+  // `image` is as it was.
+  Result<void> add_stored_set(OpenImage& image, int file, const std::string& name);
 
   const FrameCache& cache() const { return *cache_; }
 

@@ -135,8 +135,11 @@ Result<image::OpenImage> ImageCatalog::open_image(int file, const std::string& n
 Result<std::shared_ptr<StoreLane>> ImageCatalog::make_lane(UniqueFd& file, image::OpenImage image,
                                                            const std::string& name) {
   std::shared_ptr<ImageWorkingSet> set;
-  if (working_sets_ == WorkingSets::yes)
-    if (auto found = ImageWorkingSet::open(file.get(), image, name)) set = std::move(*found);
+  if (working_sets_ == WorkingSets::yes) {
+    Result<void> stored = opener_.add_stored_set(image, file.get(), name);
+    if (auto found = ImageWorkingSet::open(file.get(), image, name, std::move(stored)))
+      set = std::move(*found);
+  }
   Result<std::shared_ptr<StoreLane>> lane =
       StoreLane::create(std::move(image.store), retries_, {}, threads_, readers_);
   if (lane) (*lane)->keep(std::move(file));

@@ -16,7 +16,7 @@
 namespace uffdkit {
 
 Result<std::shared_ptr<ImageWorkingSet>> ImageWorkingSet::open(int file, const image::OpenImage& image,
-                                                               const std::string& name) {
+                                                               const std::string& name, Result<void> stored) {
   std::error_code error;
   const std::filesystem::path path =
       std::filesystem::read_symlink(fmt::format("/proc/self/fd/{}", file), error);
@@ -25,6 +25,8 @@ Result<std::shared_ptr<ImageWorkingSet>> ImageWorkingSet::open(int file, const i
   if (!image.is_raw()) identity = image.layers.front()->record().identity;
   std::shared_ptr<ImageWorkingSet> own(new ImageWorkingSet(path.string() + image::kWorkingSetSuffix, identity,
                                                            image.store->size().value / image::kPageBytes));
+  own->stored_set_ = image.stored_set;
+  if (!stored) own->problems_.push_back(std::move(stored).error());
   // Without a working set nobody needs to know what a raw image holds.
   struct stat there;
   if (::lstat(own->path_.c_str(), &there) != 0) return own;
@@ -34,7 +36,7 @@ Result<std::shared_ptr<ImageWorkingSet>> ImageWorkingSet::open(int file, const i
   else
     set = own->read(*known);
   if (!set) {
-    own->problem_ = std::move(set).error();
+    own->problems_.push_back(std::move(set).error());
   } else if (const std::optional<image::WorkingSet>& recorded = *set; recorded) {
     own->use(*recorded, *image.store);
   }
@@ -58,8 +60,13 @@ std::shared_ptr<const PrefetchOrder> ImageWorkingSet::order() const {
 }
 
 std::optional<Error> ImageWorkingSet::problem() {
+  if (stored_set_)
+    if (std::optional<Error> found = stored_set_->problem()) return found;
   const std::lock_guard lock(mutex_);
-  return std::exchange(problem_, std::nullopt);
+  if (problems_.empty()) return std::nullopt;
+  Error problem = std::move(problems_.back());
+  problems_.pop_back();
+  return problem;
 }
 
 void ImageWorkingSet::use(const image::WorkingSet& set, Store& store) {

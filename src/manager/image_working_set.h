@@ -26,13 +26,15 @@ class ImageWorkingSet {
  public:
   // That of the image which is open as `file`, whether or not anything has been recorded for it. Errors: the
   // file's path cannot be told. One that cannot be used (see problem()) is as good as none.
+  // `stored`: why its pages are not read from a file of their own, if there is one.
   static Result<std::shared_ptr<ImageWorkingSet>> open(int file, const image::OpenImage& image,
-                                                       const std::string& name);
+                                                       const std::string& name, Result<void> stored = {});
 
   const std::string& path() const { return path_; }
   // The pages to bring, in this order; nullptr where nothing was recorded.
   std::shared_ptr<const PrefetchOrder> order() const;
-  // Why the file that is there cannot be used; told once.
+  // Why the file that is there is not used, or the one in which its pages are stored for themselves; each
+  // told once.
   std::optional<Error> problem();
 
   // Writes the file anew, with this recording merged into what it has. It is replaced in one step. `store` is
@@ -54,9 +56,11 @@ class ImageWorkingSet {
   const std::uint64_t memory_pages_;
   std::mutex file_mutex_;  // held while the file is read and written
 
+  std::shared_ptr<image::StoredSet> stored_set_;  // none where its pages lie in the image alone
+
   mutable std::mutex mutex_;  // never held while something may block
   std::shared_ptr<const PrefetchOrder> order_;
-  std::optional<Error> problem_;
+  std::vector<Error> problems_;
 };
 
 }  // namespace uffdkit

@@ -45,6 +45,11 @@ void add_json_option(CLI::App& command, bool& json) {
 
 void add_output_options(CLI::App& command, OutputOptions& options) {
   command.add_option("OUT", options.path, "The image to make")->required();
+  add_frame_options(command, options);
+  command.add_flag("--force", options.force, "Replace OUT if it is there");
+}
+
+void add_frame_options(CLI::App& command, OutputOptions& options) {
   command
       .add_option(
           "--frame-size", options.frame_bytes,
@@ -57,7 +62,6 @@ void add_output_options(CLI::App& command, OutputOptions& options) {
       ->check(CLI::Range(image::kLevelMin, image::kLevelMax))
       ->capture_default_str();
   add_threads_option(command, options.threads);
-  command.add_flag("--force", options.force, "Replace OUT if it is there");
   add_json_option(command, options.json);
 }
 
@@ -114,8 +118,8 @@ int report_written(const Result<image::Written>& written, const OutputOptions& o
 void add_image(CLI::App& app, int& exit_code) {
   CLI::App* command = app.add_subcommand("image", "Make, look at and take apart compressed images of memory");
   command->require_subcommand(1);
-  constexpr std::array kAdd = {add_image_create, add_image_info,  add_image_verify, add_image_convert,
-                               add_image_diff,   add_image_apply, add_image_extract};
+  constexpr std::array kAdd = {add_image_create, add_image_info,  add_image_verify,  add_image_convert,
+                               add_image_diff,   add_image_apply, add_image_extract, add_image_store_set};
   for (const auto add : kAdd) add(*command, exit_code);
 }
 

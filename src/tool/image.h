@@ -33,6 +33,8 @@ struct OutputOptions {
 };
 
 void add_output_options(CLI::App& command, OutputOptions& options);
+// Those of them that say how, and not where.
+void add_frame_options(CLI::App& command, OutputOptions& options);
 void add_threads_option(CLI::App& command, unsigned& threads);
 void add_json_option(CLI::App& command, bool& json);
 
@@ -53,6 +55,7 @@ void add_image_create(CLI::App& image, int& exit_code);
 void add_image_diff(CLI::App& image, int& exit_code);
 void add_image_apply(CLI::App& image, int& exit_code);
 void add_image_convert(CLI::App& image, int& exit_code);
+void add_image_store_set(CLI::App& image, int& exit_code);
 void add_image_info(CLI::App& image, int& exit_code);
 void add_image_verify(CLI::App& image, int& exit_code);
 void add_image_extract(CLI::App& image, int& exit_code);

@@ -1,9 +1,12 @@
 // uffdkit image info, verify and extract: what an image is, whether it is sound, and its memory as a raw
 // file.
+#include <fcntl.h>
 #include <fmt/format.h>
+#include <uffdkit/unique_fd.h>
 
 #include <CLI/CLI.hpp>
 #include <cmath>
+#include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -80,7 +83,8 @@ void print_regions(const image::Record& record) {
   }
 }
 
-nlohmann::ordered_json working_set_to_json(const image::WorkingSet& set) {
+nlohmann::ordered_json working_set_to_json(const image::WorkingSet& set,
+                                           std::optional<std::uint64_t> stored_bytes = std::nullopt) {
   nlohmann::ordered_json json = {{"pages", set.pages.size()},
                                  {"memory_pages", set.memory_pages},
                                  {"recordings", set.recordings},
@@ -94,14 +98,27 @@ nlohmann::ordered_json working_set_to_json(const image::WorkingSet& set) {
                             {"missed", run.missed},
                             {"left_out", run.left_out},
                             {"left_out_used", run.left_out_used}});
+  if (stored_bytes) json["stored_bytes"] = *stored_bytes;
   return json;
 }
 
-void print_working_set(const image::WorkingSet& set) {
+// What the image's working set takes where it is stored for itself; nothing if it is not.
+std::optional<std::uint64_t> stored_set_bytes(image::ImageOpener& opener, image::OpenImage& opened,
+                                              const std::string& path) {
+  const UniqueFd file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (auto added = opener.add_stored_set(opened, file.get(), path); !added) report(added.error());
+  if (!opened.stored_set) return std::nullopt;
+  std::error_code error;
+  const auto own = std::filesystem::canonical(path, error);
+  return std::filesystem::file_size(own.string() + image::kStoredSetSuffix, error);
+}
+
+void print_working_set(const image::WorkingSet& set, std::optional<std::uint64_t> stored_bytes) {
   const double share = static_cast<double>(set.pages.size()) / static_cast<double>(set.memory_pages);
   fmt::print("  used      {} of {} ({:.1f} %), as {} recordings say\n",
              size_text(set.pages.size() * image::kPageBytes), size_text(set.memory_pages * image::kPageBytes),
              100 * share, set.recordings);
+  if (stored_bytes) fmt::print("            stored for itself in {}\n", size_text(*stored_bytes));
   for (const image::WorkingSetRun& run : set.runs)
     fmt::print(
         "    a run   coverage {:.1f} %; of {} pages brought about {:.0f} hits, {:.0f} waste; {} late, {} "
@@ -110,7 +127,8 @@ void print_working_set(const image::WorkingSet& set) {
 }
 
 int info(const Options& options) {
-  const Result<image::OpenImage> opened = make_opener().open(options.image);
+  image::ImageOpener opener = make_opener();
+  Result<image::OpenImage> opened = opener.open(options.image);
   if (!opened) return report(opened.error());
   // What is wrong with it is said, and is not an error of the image's.
   Result<std::optional<image::WorkingSet>> beside =
@@ -125,10 +143,11 @@ int info(const Options& options) {
       fmt::print("{}\n", json.dump(2));
     } else {
       fmt::print("{}\n  kind      raw\n  memory    {}\n", options.image, size_text(opened->raw_bytes));
-      if (set) print_working_set(*set);
+      if (set) print_working_set(*set, std::nullopt);
     }
     return kExitDone;
   }
+  const std::optional<std::uint64_t> stored = stored_set_bytes(opener, *opened, options.image);
   const image::Record& record = opened->layers.front()->record();
   if (options.json) {
     nlohmann::ordered_json json = layer_to_json(*opened->layers.front());
@@ -136,13 +155,13 @@ int info(const Options& options) {
     for (std::size_t i = 1; i < opened->layers.size(); ++i)
       json["parents"].push_back(layer_to_json(*opened->layers[i]));
     json["regions"] = regions_to_json(record);
-    if (set) json["working_set"] = working_set_to_json(*set);
+    if (set) json["working_set"] = working_set_to_json(*set, stored);
     fmt::print("{}\n", json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace));
   } else if (options.regions) {
     print_regions(record);
   } else {
     for (const auto& layer : opened->layers) print_layer(*layer);
-    if (set) print_working_set(*set);
+    if (set) print_working_set(*set, stored);
   }
   return kExitDone;
 }

@@ -1,4 +1,4 @@
-// uffdkit image create, diff, apply and convert: what writes images.
+// uffdkit image create, diff, apply, convert and store-set: what writes images.
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
@@ -102,48 +102,6 @@ Result<image::Written> create(const Options& options) {
   return options.parent.empty() ? create_raw(options) : create_sparse(options);
 }
 
-// A working set that goes along with an image: its pages are stored for themselves, and it is written anew
-// beside the image.
-class KeptSet {
- public:
-  // That at `path`, which is to be of the memory that `opened` shows. Errors: there is none, or another's, or
-  // it cannot be written.
-  static Result<KeptSet> open(const std::string& path, const image::OpenImage& opened,
-                              const OutputOptions& output) {
-    Result<std::optional<image::WorkingSet>> read = working_set_of(opened, path);
-    if (!read) return Failure(std::move(read).error());
-    std::optional<image::WorkingSet>& set = *read;
-    if (!set)
-      return Failure(Error::from_open("the working set " + path, ENOENT)
-                         .with_remedy("record one: uffdkit serve --record"));
-    Result<image::OutputFile> file =
-        image::OutputFile::create(output.path + image::kWorkingSetSuffix, output.force);
-    if (!file) return Failure(std::move(file).error());
-    return KeptSet(*std::move(set), *std::move(file));
-  }
-
-  std::vector<bool> pages() const {
-    std::vector<bool> pages(set_.memory_pages);
-    for (const std::uint32_t page : set_.pages) pages[page] = true;
-    return pages;
-  }
-  Result<void> write_for(const image::Record& record) {
-    set_.identity = record.identity;
-    // Those were of another image's sessions.
-    set_.runs.clear();
-    const Result<std::vector<std::byte>> bytes = image::encode(set_);
-    if (!bytes) return Failure(bytes.error());
-    if (auto written = file_.append(*bytes); !written) return written;
-    return file_.commit();
-  }
-
- private:
-  KeptSet(image::WorkingSet set, image::OutputFile file) : set_(std::move(set)), file_(std::move(file)) {}
-
-  image::WorkingSet set_;
-  image::OutputFile file_;
-};
-
 Result<image::Written> diff(const Options& options) {
   image::ImageOpener opener = make_opener();
   Result<image::OpenImage> base = opener.open(options.inputs[0]);
@@ -154,19 +112,75 @@ Result<image::Written> diff(const Options& options) {
   if (!memory) return Failure(std::move(memory).error());
   std::vector<image::Region> regions;
   if (!memory->is_raw()) regions = memory->layers.front()->record().regions;
-  std::optional<KeptSet> kept;
-  if (!options.working_set.empty()) {
-    Result<KeptSet> opened = KeptSet::open(options.working_set, *memory, options.output);
-    if (!opened) return Failure(std::move(opened).error());
-    kept.emplace(*std::move(opened));
+  const auto source = image::difference(base->store, memory->store, memory->raw_bytes);
+  return write(*source, *parent, std::move(regions), options.output, "diff");
+}
+
+// What was recorded of the memory that `opened` shows: of this image, or of a raw file. Errors: nothing, or
+// of another.
+Result<image::WorkingSet> recorded_of(const image::OpenImage& opened, const std::string& path) {
+  Result<std::optional<image::WorkingSet>> read = image::read_working_set(path);
+  if (!read) return Failure(std::move(read).error());
+  if (!*read)
+    return Failure(Error::from_open("the working set " + path, ENOENT)
+                       .with_remedy("record one: uffdkit serve --record"));
+  image::WorkingSet& set = **read;
+  const std::uint64_t pages = opened.store->size().value / image::kPageBytes;
+  const image::Identity& own = opened.layers.front()->record().identity;
+  if (auto recorded = image::check_recorded_of(set, own, pages, path); !recorded) {
+    const Result<image::Identity> of_raw = image::identity_of(*opened.store);
+    if (!of_raw || set.identity != *of_raw || set.memory_pages != pages)
+      return Failure(std::move(recorded).error());
+    set.identity = own;
+    // Those are of sessions of the raw file.
+    set.runs.clear();
   }
-  const auto source = image::difference(base->store, memory->store, memory->raw_bytes,
-                                        kept ? kept->pages() : std::vector<bool>());
-  Result<image::Written> written = write(*source, *parent, std::move(regions), options.output, "diff");
-  if (written && kept)
-    if (auto set = kept->write_for(written->record); !set)
+  return std::move(set);
+}
+
+Result<void> write_working_set(const image::WorkingSet& set, image::OutputFile file) {
+  const Result<std::vector<std::byte>> bytes = image::encode(set);
+  if (!bytes) return Failure(bytes.error());
+  if (auto written = file.append(*bytes); !written) return written;
+  return file.commit();
+}
+
+// Sets output.path, too.
+Result<image::Written> store_set(Options& options) {
+  const std::string& path = options.inputs[0];
+  Result<image::OpenImage> opened = make_opener().open(path);
+  if (!opened) return Failure(std::move(opened).error());
+  if (opened->is_raw())
+    return Failure(Error(path + " is raw memory, of which any page can be read alone", EINVAL)
+                       .with_remedy("nothing is to be gained here: serve it as it is"));
+  std::error_code error;
+  // It is looked for beside the file itself, whatever links lead there.
+  const std::string own = std::filesystem::canonical(path, error).string();
+  if (error) return Failure(Error::from_errno("find the folder of " + path, error.value()));
+  const std::string own_set = own + image::kWorkingSetSuffix;
+  Result<image::WorkingSet> set =
+      recorded_of(*opened, options.working_set.empty() ? own_set : options.working_set);
+  if (!set) return Failure(std::move(set).error());
+  std::optional<image::OutputFile> set_file;
+  if (!options.working_set.empty()) {
+    Result<image::OutputFile> file = image::OutputFile::create(own_set, options.output.force);
+    if (!file) return Failure(std::move(file).error());
+    set_file.emplace(*std::move(file));
+  }
+
+  options.output.path = own + image::kStoredSetSuffix;
+  // Whatever is there was made of these files, and can be made again.
+  options.output.force = true;
+  const Result<image::Parent> parent = as_parent(*opened, own, options.output.path);
+  if (!parent) return Failure(parent.error());
+  std::vector<bool> kept(set->memory_pages);
+  for (const std::uint32_t page : set->pages) kept[page] = true;
+  const auto source = image::difference(opened->store, opened->store, opened->raw_bytes, std::move(kept));
+  Result<image::Written> written = write(*source, *parent, {}, options.output, "store-set");
+  if (written && set_file)
+    if (auto named = write_working_set(*set, *std::move(set_file)); !named)
       return Failure(
-          std::move(set).error().within(options.output.path + " is made, but not its working set"));
+          std::move(named).error().within(options.output.path + " is made, but not the working set"));
   return written;
 }
 
@@ -234,15 +248,27 @@ void add_image_create(CLI::App& image, int& exit_code) {
 }
 
 void add_image_diff(CLI::App& image, int& exit_code) {
+  add_command(image, "diff", "Make an image of what differs between two",
+              {{"BASE", "The image that it is a diff of; in the same folder as OUT"},
+               {"MEMORY", "What OUT shows: an image or a raw memory file"}},
+              std::make_shared<Options>(), diff, exit_code);
+}
+
+void add_image_store_set(CLI::App& image, int& exit_code) {
+  CLI::App* command = image.add_subcommand(
+      "store-set",
+      "Store the pages of an image's working set for themselves, beside the image, for its sessions");
   const auto options = std::make_shared<Options>();
-  CLI::App* command = add_command(image, "diff", "Make an image of what differs between two",
-                                  {{"BASE", "The image that it is a diff of; in the same folder as OUT"},
-                                   {"MEMORY", "What OUT shows: an image or a raw memory file"}},
-                                  options, diff, exit_code);
-  command->add_option(
-      "--working-set", options->working_set,
-      "SET: what was recorded of MEMORY: its pages are stored also where both have them alike, "
-      "and it goes along as OUT.ws");
+  options->inputs.resize(1);
+  command->add_option("IMAGE", options->inputs[0], "The image, of which a working set was recorded")
+      ->required();
+  command->add_option("--working-set", options->working_set,
+                      "SET: one that was recorded of a raw file with the same memory; it becomes IMAGE.ws");
+  add_frame_options(*command, options->output);
+  command->add_flag("--force", options->output.force, "Replace IMAGE.ws by SET if it is there")
+      ->needs("--working-set");
+  command->callback(
+      [options, &exit_code] { exit_code = report_written(store_set(*options), options->output); });
 }
 
 void add_image_apply(CLI::App& image, int& exit_code) {

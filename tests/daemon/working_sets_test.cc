@@ -2,6 +2,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/stat.h>
+#include <uffdkit/unique_fd.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -119,47 +120,67 @@ TEST_F(WorkingSets, TheSameOfACompressedImage) {
   expect_brought(image, pages.size() * 9 / 10);
 }
 
-TEST_F(WorkingSets, OneThatADiffStoresForItselfGoesAlongAndIsBrought) {
-  const std::string base = compressed();
+TEST_F(WorkingSets, OneThatIsStoredForItselfIsBroughtFromThere) {
+  const std::string image = compressed();
   std::vector<std::size_t> pages;
   for (std::size_t page = 0; page < kPages; page += 3) pages.push_back((page * 7) % kPages);
-  record(base, pages);
-  const std::string image = directory_ / "with-set";
-  const Strings diff = {"image", "diff", "--working-set", base + ".ws", base, base, image};
-  const Finished made = run_program("uffdkit", diff);
+  record(image, pages);
+  const Finished made = run_program("uffdkit", {"image", "store-set", "--json", image});
   ASSERT_EQ(made.exit_code, 0) << made.err;
-  EXPECT_EQ(info(image).at("pages"), pages.size());
   // Pages of zeros need no room.
-  const Finished shown = run_program("uffdkit", {"image", "info", "--json", image});
-  EXPECT_GT(nlohmann::json::parse(shown.out).at("stored_pages"), pages.size() / 2);
+  EXPECT_GT(nlohmann::json::parse(made.out).at("stored_pages"), pages.size() / 2);
+  EXPECT_EQ(info(image).at("stored_bytes"), std::filesystem::file_size(image + ".ws.img"));
   expect_brought(image, pages.size() * 9 / 10);
+  EXPECT_EQ(run_program("uffdkit", {"image", "verify", image + ".ws.img"}).exit_code, 0);
 }
 
-TEST_F(WorkingSets, OneOfARawFileGoesAlongWithADiffThatShowsTheSameMemory) {
-  const std::string base = compressed();
+TEST_F(WorkingSets, OneOfARawFileIsStoredForAnImageOfTheSameMemoryAndBecomesItsOwn) {
+  const std::string image = compressed();
   record(image_.path(), {900, 3, 4, 77});
-  const std::string image = directory_ / "with-set";
-  const Finished made =
-      run_program("uffdkit", {"image", "diff", "--working-set", file(), base, image_.path(), image});
+  const Finished made = run_program("uffdkit", {"image", "store-set", "--working-set", file(), image});
   ASSERT_EQ(made.exit_code, 0) << made.err;
   EXPECT_EQ(info(image).at("pages"), 4);
+  EXPECT_TRUE(info(image).contains("stored_bytes"));
 }
 
-TEST_F(WorkingSets, ADiffStoresNoneThatIsNotItsOwn) {
-  const std::string base = compressed();
-  const auto diff = [&](const std::string& set, const std::string& image) {
-    const Finished done = run_program("uffdkit", {"image", "diff", "--working-set", set, base, base, image});
+TEST_F(WorkingSets, NoneIsStoredThatIsNotTheImagesOwn) {
+  const std::string image = compressed();
+  const auto refusal = [&](const Strings& arguments) {
+    Strings all = {"image", "store-set"};
+    all.insert(all.end(), arguments.begin(), arguments.end());
+    const Finished done = run_program("uffdkit", all);
     EXPECT_EQ(done.exit_code, 1);
-    EXPECT_FALSE(std::filesystem::exists(image));
+    EXPECT_FALSE(std::filesystem::exists(image + ".ws.img"));
     return done.err;
   };
-  const std::string image = directory_ / "with-set";
-  EXPECT_NE(diff(directory_ / "none", image).find("serve --record"), std::string::npos);
+  EXPECT_NE(refusal({image}).find("serve --record"), std::string::npos);
+  EXPECT_NE(refusal({image_.path()}).find("raw memory"), std::string::npos);
+  const Image other(directory_ / "other", kPages, 2);
+  serve(other.path(), {"--record"}, [](const ClientMemory& memory) { memory.check_zero(5); });
+  EXPECT_NE(refusal({"--working-set", other.path() + ".ws", image}).find("was recorded of another image"),
+            std::string::npos);
   record(image_.path(), {900, 3});
-  EXPECT_NE(diff(file(), image).find("was recorded of another image"), std::string::npos);
-  record(base, {900, 3});
   std::ofstream(image + ".ws") << "somebody's";
-  EXPECT_NE(diff(base + ".ws", image).find("--force"), std::string::npos);
+  EXPECT_NE(refusal({"--working-set", file(), image}).find("--force"), std::string::npos);
+}
+
+TEST_F(WorkingSets, OneThatIsStoredAndDamagedIsNamedAndTheImageServed) {
+  const std::string image = compressed();
+  std::vector<std::size_t> pages;
+  for (std::size_t page = 0; page < kPages; page += 3) pages.push_back(page);
+  record(image, pages);
+  ASSERT_EQ(run_program("uffdkit", {"image", "store-set", image}).exit_code, 0);
+  const UniqueFd fd(::open((image + ".ws.img").c_str(), O_WRONLY | O_CLOEXEC));
+  ASSERT_EQ(::pwrite(fd.get(), "damage", 6, 100), 6);
+  ManagerProcess manager(directory_, {"--firecracker", socket_ + "=" + image});
+  for (int time = 0; time < 2; ++time) {
+    Child process = client(image_, whole(image_), socket_,
+                           [](const ClientMemory& memory, const Channel&) { memory.check_all(1, 1); });
+    EXPECT_EQ(process.wait(), 0) << manager.log();
+  }
+  EXPECT_EQ(manager.stop(), 0);
+  // By the session that comes next.
+  EXPECT_NE(manager.log().find(image + ".ws.img"), std::string::npos) << manager.log();
 }
 
 TEST_F(WorkingSets, WhatCameOfARunIsShown) {
