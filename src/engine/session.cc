@@ -31,26 +31,10 @@ constexpr std::int64_t kEndingRetryNs = 200'000;
 // How soon a read that failed for want of a descriptor is tried again.
 constexpr std::int64_t kNoDescriptorRetryNs = 100'000'000;
 
-alignas(4096) constinit std::array<std::byte, 2u << 20> zero_huge_page{};
+alignas(4096) constinit std::array<std::byte, session::kPageBytesMax> zero_huge_page{};
 
 bool is_zero(std::span<const std::byte> bytes) {
   return bytes[0] == std::byte{0} && std::memcmp(bytes.data(), bytes.data() + 1, bytes.size() - 1) == 0;
-}
-
-Result<void> check_region(AddressRange memory, StoreOffset offset, PageSize page_size, const Store& store) {
-  const std::uint64_t size = store.size().value;
-  if (page_size.bytes().value > zero_huge_page.size())
-    return Failure(Error(fmt::format("pages of {} bytes are not served", page_size.bytes().value), EINVAL));
-  if (memory.length.value == 0 || !page_size.is_aligned(memory.start.value) ||
-      !page_size.is_aligned(memory.length.value) || !kPage4K.is_aligned(offset.value))
-    return Failure(Error("a region is not of whole pages", EINVAL));
-  if (memory.start >= kStateAddressEnd || memory.length > kStateAddressEnd - memory.start)
-    return Failure(Error("a region lies outside of the address space", EINVAL));
-  if (offset.value > size || memory.length.value > size - offset.value)
-    return Failure(Error(fmt::format("a region needs {} bytes from offset {} of {}, which has {}",
-                                     memory.length.value, offset.value, store.name(), size),
-                         EINVAL));
-  return {};
 }
 
 }  // namespace
@@ -66,53 +50,6 @@ Session::Session(Uffd uffd, SessionState state, std::vector<std::shared_ptr<Stor
                             : RegionServing());
   if (options_.follow_streams) streams_.emplace(options_.fault_around);
   if (options_.background != Background::off && !serving_.empty()) prefetching().background = true;
-}
-
-// ---- what owners ask for ----------------------------------------------------------------------------------
-
-Result<void> Session::add_region(AddressRange memory, StoreOffset offset, PageSize page_size,
-                                 std::shared_ptr<StoreLane> lane, RegionTag tag, Sharing sharing) {
-  if (auto valid = check_region(memory, offset, page_size, *lane->store()); !valid) return valid;
-  if (sharing.mode != SharingMode::none && page_size != kPage4K)
-    return Failure(Error("an image is shared in pages of 4 KiB only", EINVAL));
-  const Result<RegionId> id = state_.add_region(memory, offset, page_size, sharing.mode);
-  if (!id) return Failure(id.error());
-  serving_.resize(state_.regions().size());
-  serving_[*id] = {
-      .lane = std::move(lane), .serial = ++last_serial_, .tag = tag, .shared = std::move(sharing.image)};
-  populate_again_from(memory.start);
-  // Its pages were passed over.
-  if (prefetching_ != nullptr && !prefetching_->begun) prefetching_->next = 0;
-  if (options_.background != Background::off) {
-    prefetching().background = true;
-    prefetching().background_from = std::min(prefetching().background_from, memory.start);
-  }
-  forget_dropped_regions();
-  return {};
-}
-
-Result<std::vector<AddressRange>> Session::drop_tagged(RegionTag tag) {
-  std::vector<AddressRange> left;
-  for (const Segment& segment : state_.layout().segments())
-    if (segment.region != kZeroRegion && serving_[segment.region].tag == tag) left.push_back(segment.memory);
-  for (const AddressRange memory : left)
-    if (auto dropped = drop(memory); !dropped) return Failure(std::move(dropped).error());
-  return left;
-}
-
-Result<void> Session::drop(AddressRange memory) {
-  const Put zeroed = zero_all(memory);
-  if (zeroed != Put::done && zeroed != Put::gone)
-    return Failure(Error("the client is changing its memory", EAGAIN).with_remedy("ask again"));
-  Result<void> erased = state_.erase(memory);
-  forget_dropped_regions();
-  std::erase_if(pending_, [&](const Pending& pending) { return memory.contains(pending.page); });
-  return erased;
-}
-
-void Session::forget_dropped_regions() {
-  for (RegionId id = 0; id < serving_.size(); ++id)
-    if (!state_.regions()[id].live) serving_[id] = RegionServing();
 }
 
 void Session::wake(AddressRange range) const {
@@ -329,42 +266,6 @@ PendingWhy Session::why(const Pending& pending) {
   if (served_by(put, pending, segment, wanted) != Served::done && !end_) pending_.push_back(pending);
 }
 
-std::uint64_t Session::apply(const Message& event, std::uint8_t kind) {
-  // Somebody else has let the client go on, and what lies where may not be what it was.
-  if (waiting_.paused.load(std::memory_order_relaxed)) unpause();
-  if (const auto* removed = std::get_if<RemoveEvent>(&event)) {
-    apply(*removed);
-    return kPage4K.pages(removed->range.length).value;
-  }
-  if (const auto* unmapped = std::get_if<UnmapEvent>(&event)) {
-    apply(*unmapped);
-    return kPage4K.pages(unmapped->range.length).value;
-  }
-  if (const auto* moved = std::get_if<RemapEvent>(&event)) {
-    apply(*moved);
-  } else if (const auto* forked = std::get_if<ForkEvent>(&event)) {
-    apply(*forked);
-  } else {
-    fail(fmt::format("an event of kind {:#x} cannot be followed", kind));
-  }
-  return 0;
-}
-
-void Session::apply_inbox(const std::function<bool(int)>& may_adopt) {
-  const std::span<const abi::Msg> messages = state_.inbox();
-  for (std::size_t i = state_.unapplied(); i < messages.size() && messages[i].event != 0; ++i) {
-    const abi::Msg raw = messages[i];
-    const Message message = decode(raw);
-    if (std::holds_alternative<Fault>(message)) continue;
-    const auto* forked = std::get_if<ForkEvent>(&message);
-    state_.applying(i);
-    if (forked == nullptr || may_adopt(forked->child_fd)) apply(message, raw.event);
-    uffdkit::step();
-    state_.applied();
-  }
-  (void)state_.empty_inbox();
-}
-
 [[gnu::always_inline]] inline void Session::take(const Fault& fault) {
   add(counters_->faults);
   const Segment* segment = state_.layout().find(fault.address);
@@ -380,56 +281,6 @@ void Session::apply_inbox(const std::function<bool(int)>& may_adopt) {
     return;
   }
   pending_.push_back({.page = page, .page_size = page_size, .kind = fault.kind, .since_ns = host_.now_ns()});
-}
-
-void Session::apply(const RemoveEvent& event) {
-  add(counters_->events);
-  for (const RegionPart& part : state_.layout().parts_in(event.range)) {
-    // There the kernel shows what is in the image's memory, now and later: so do we.
-    const SharingMode sharing = state_.regions()[part.region].sharing;
-    if (sharing != SharingMode::page_cache) state_.table(part.region).set(part.granules, PageState::removed);
-    // That has to become zero before the memory is left to itself.
-    if (sharing == SharingMode::resolve) populate_again_from(event.range.start);
-    add(counters_->pages_removed, part.granules.count.value);
-  }
-}
-
-void Session::apply(const UnmapEvent& event) {
-  add(counters_->events);
-  if (auto erased = state_.erase(event.range); !erased) fail(erased.error().message());
-  forget_dropped_regions();
-}
-
-void Session::apply(const RemapEvent& event) {
-  add(counters_->events);
-  // Without a length it is a second mapping of the same file.
-  auto moved = event.from.length.value != 0 ? state_.move(event.from, event.to)
-                                            : state_.map_again(event.from.start, event.to);
-  if (!moved) fail(moved.error().message());
-  populate_again_from(event.to);
-  forget_dropped_regions();
-}
-
-void Session::apply(const ForkEvent& event) {
-  add(counters_->events);
-  // The kernel made the child's with the features of its parent's.
-  Uffd child = uffd_.adopt_child(event.child_fd);
-  // What the parent's memory holds, the child's holds too: nothing was filled since fork(2) began, because
-  // the kernel refuses that until this message has been read.
-  Result<SessionState> state = state_.clone();
-  if (!state) return condemn_child(std::move(child), std::move(state).error());
-  std::vector<std::shared_ptr<StoreLane>> lanes;
-  std::vector<std::shared_ptr<SharedImage>> shared;
-  for (const RegionServing& serving : serving_) {
-    lanes.push_back(serving.lane);
-    shared.push_back(serving.shared);
-  }
-  auto session = std::make_unique<ForkedSession>(ForkedSession{.uffd = std::move(child),
-                                                               .state = std::move(*state),
-                                                               .lanes = std::move(lanes),
-                                                               .shared = std::move(shared)});
-  if (auto taken = host_.forked(session); !taken)
-    condemn_child(std::move(session->uffd), std::move(taken).error());
 }
 
 // ---- faults -----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-// What the parts of Session share: small helpers and a limit. The parts are session.cc (steps, messages and
-// faults: all that a served fault runs), session_fetches.cc, session_prefetch.cc, session_populate.cc,
-// session_ending.cc and session_shared.cc.
+// What the parts of Session share: small helpers and limits. The parts are session.cc (steps, messages and
+// faults: all that a served fault runs), session_events.cc, session_regions.cc, session_fetches.cc,
+// session_prefetch.cc, session_streams.cc, session_populate.cc, session_ending.cc and session_shared.cc.
 #pragma once
 
 #include <fmt/format.h>
@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 
 #include "engine/layout.h"
@@ -16,6 +17,8 @@
 namespace uffdkit::session {
 
 inline constexpr PageCount kOneGranule{1};
+// Larger pages are not served.
+inline constexpr std::size_t kPageBytesMax = 2u << 20;
 // How often a page for which there is no memory is tried: about ten seconds.
 inline constexpr unsigned kNoMemoryAttemptsMax = 2000;
 
