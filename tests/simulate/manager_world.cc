@@ -22,7 +22,6 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
-#include <random>
 #include <string>
 #include <utility>
 #include <variant>
@@ -32,9 +31,11 @@
 #include "image/memory_source.h"
 #include "image/write_image.h"
 #include "manager/manager.h"
+#include "simulate/cut_copy.h"
 #include "simulate/expected.h"
 #include "simulate/real_descriptors.h"
 #include "simulate/seeded_threads.h"
+#include "simulate/story.h"
 #include "support/child.h"
 #include "support/client.h"
 #include "support/mapping.h"
@@ -114,10 +115,10 @@ class PlantedThreads final : public SeededThreads {
   void mend() { bug_ = ManagerBug::none; }
 
  private:
-  bool loses(ManagerBug bug) { return bug_ == bug && random_() % 8 == 0; }
+  bool loses(ManagerBug bug) { return bug_ == bug && random_.one_in(8); }
 
   ManagerBug bug_;
-  std::mt19937_64 random_;
+  Random random_;
 };
 
 // The manager's system calls: others may run before and after each, and a copy may stop half-way.
@@ -132,7 +133,8 @@ class YieldingCalls final : public SystemCalls {
         reinterpret_cast<const abi::RangeArgs*>(argument)->len > kWakePages * kPage)
       return 0;
     threads_.yield();
-    const int result = request == abi::kIoctlCopy ? copy(fd, argument) : calls_.ioctl(fd, request, argument);
+    const int result = request == abi::kIoctlCopy ? cut_copy(calls_, random_, fd, argument)
+                                                  : calls_.ioctl(fd, request, argument);
     threads_.yield();
     return result;
   }
@@ -146,24 +148,14 @@ class YieldingCalls final : public SystemCalls {
   int get_flags(int fd) override { return calls_.get_flags(fd); }
   int duplicate(int fd) override { return calls_.duplicate(fd); }
   int close(int fd) override {
-    if (bug_ == ManagerBug::leaked_descriptor && random_() % 4 == 0) return 0;
+    if (bug_ == ManagerBug::leaked_descriptor && random_.one_in(4)) return 0;
     return calls_.close(fd);
   }
 
  private:
-  int copy(int fd, std::uintptr_t argument) {
-    auto& args = *reinterpret_cast<abi::CopyArgs*>(argument);
-    const std::uint64_t asked = args.len;
-    const bool cut = asked > kPage && random_() % 8 == 0;
-    if (cut) args.len = (1 + random_() % (asked / kPage - 1)) * kPage;
-    const int result = calls_.ioctl(fd, abi::kIoctlCopy, argument);
-    args.len = asked;
-    return cut && result == 0 ? -EAGAIN : result;
-  }
-
   SeededThreads& threads_;
   RealDescriptors& calls_;
-  std::mt19937_64 random_;
+  Random random_;
   const ManagerBug bug_;
 };
 
@@ -232,14 +224,14 @@ struct Client {
 class ManagerWorld {
  public:
   ManagerWorld(std::uint64_t seed, ManagerBug bug)
-      : random_(seed),
+      : story_(seed),
         threads_(seed, bug),
         kernel_({.seed = seed}),
         descriptors_(kernel_.spawn()),
         calls_(threads_, descriptors_, seed, bug) {
     write_image(directory_ / "image", compressed_);
     image_.emplace(locked(directory_ / "image"));
-    if (compressed_ == Compressed::yes) note("the image is compressed");
+    if (compressed_ == Compressed::yes) story_.note("the image is compressed");
     // Before there are threads: each has a process that is forked from this one.
     for (std::size_t i = 0; i < kClients; ++i) add_client();
     start_manager();
@@ -251,47 +243,39 @@ class ManagerWorld {
   }
 
   Found run() {
-    for (int step = 0; step < kSteps && wrong_.empty(); ++step) {
+    for (int step = 0; step < kSteps && story_.is_right(); ++step) {
       act();
       go_on();
     }
     rest();
     look_at_everything();
     end();
-    return {.wrong = wrong_,
-            .events = std::move(events_),
-            .bytes_checked = bytes_checked_,
-            .trace = threads_.trace() ^ std::hash<std::string>()(heard_)};
+    Found found = story_.tell();
+    found.trace = threads_.trace() ^ story_.trace();
+    return found;
   }
 
  private:
-  std::uint64_t draw(std::uint64_t below) { return random_() % below; }
-  bool one_in(std::uint64_t n) { return draw(n) == 0; }
-  void note(std::string text) { events_.push_back(std::move(text)); }
-  void fail(std::string text) {
-    if (wrong_.empty()) wrong_ = std::move(text);
-  }
-
   // ---- the manager
 
   void start_manager() {
-    ManagerOptions options{.workers = 1 + static_cast<unsigned>(draw(3)),
-                           .fault_around = PageCount(std::uint64_t{1} << draw(5)),
-                           .spin_ns = one_in(2) ? 20'000 : 0,
+    ManagerOptions options{.workers = 1 + static_cast<unsigned>(story_.draw(3)),
+                           .fault_around = PageCount(std::uint64_t{1} << story_.draw(5)),
+                           .spin_ns = story_.one_in(2) ? 20'000 : 0,
                            .drain_ms = kEndNs / 1'000'000,
-                           .record = one_in(4),
-                           .background = one_in(4) ? Background::full : Background::off,
+                           .record = story_.one_in(4),
+                           .background = story_.one_in(4) ? Background::full : Background::off,
                            .system = calls_,
                            .threads = Threads(threads_)};
     // Part of the image is read by its lane only, and there a page may fail once; but not when an image is
     // opened, for which one that is compressed is read.
-    const std::uint64_t border = draw(std::filesystem::file_size(directory_ / "image"));
+    const std::uint64_t border = story_.draw(std::filesystem::file_size(directory_ / "image"));
     if (border > 0)
       options.store_faults.push_back({.kind = StoreFault::Kind::error,
                                       .rate = compressed_ == Compressed::yes ? 0 : 0.1,
                                       .to = StoreOffset(border),
                                       .times = 1,
-                                      .seed = draw(1000)});
+                                      .seed = story_.draw(1000)});
     manager_ = Manager::create(options).value();
     manager_->add_image("guest", directory_ / "image").value();
     manager_->listen_native(directory_ / "native").value();
@@ -306,12 +290,12 @@ class ManagerWorld {
                             ended_ = true;
                           })
                    .value();
-    note(fmt::format("a manager with {} workers", options.workers));
+    story_.note(fmt::format("a manager with {} workers", options.workers));
   }
 
   void begin_end() {
     if (std::exchange(ending_, true)) return;
-    note("the manager is to end");
+    story_.note("the manager is to end");
     // Whom it cannot complete it kills, and has to wait for that.
     ends_by_ns_ = threads_.clock_ns() + 2 * kEndNs;
     manager_->stop();
@@ -321,12 +305,12 @@ class ManagerWorld {
   void bury() {
     running_.join();
     manager_.reset();
-    note("the manager has ended");
+    story_.note("the manager has ended");
     hear_all();
-    if (threads_.got_stuck()) fail("the threads of a manager that ends wait for each other");
-    if (!ended_well_) fail("the manager says that a client could not be completed");
+    if (threads_.got_stuck()) story_.fail("the threads of a manager that ends wait for each other");
+    if (!ended_well_) story_.fail("the manager says that a client could not be completed");
     if (descriptors_.held() != 0)
-      fail(fmt::format("the manager has kept {} userfaultfds", descriptors_.held()));
+      story_.fail(fmt::format("the manager has kept {} userfaultfds", descriptors_.held()));
     // What a successor could not find is complete.
     for (const auto& client : clients_)
       if (client->stage == Stage::served) client->stage = Stage::complete;
@@ -335,14 +319,14 @@ class ManagerWorld {
   // ---- clients
 
   void add_client() {
-    const Speaks speaks = one_in(2) ? Speaks::firecracker : Speaks::native;
+    const Speaks speaks = story_.one_in(2) ? Speaks::firecracker : Speaks::native;
     auto client = std::make_unique<Client>(kernel_.spawn(), speaks);
     const std::uint64_t features = speaks == Speaks::native ? kNativeFeatures
-                                   : one_in(2) ? abi::kFeatureEventRemove | abi::kFeatureEventUnmap
-                                               : abi::kFeatureEventRemove;
+                                   : story_.one_in(2) ? abi::kFeatureEventRemove | abi::kFeatureEventUnmap
+                                                      : abi::kFeatureEventRemove;
     client->uffd = Uffd::create({.required = Features(features)}, client->process.system_calls()).value();
-    client->grows = one_in(2);
-    client->first_page = draw(kImagePages - kRegionPages);
+    client->grows = story_.one_in(2);
+    client->first_page = story_.draw(kImagePages - kRegionPages);
     client->region.length = ByteCount(kRegionPages * kPage);
     client->region.start =
         client->process
@@ -363,7 +347,7 @@ class ManagerWorld {
   // It says what it wants; what comes of that is heard later.
   void connect(Client& client) {
     if (client.stage != Stage::outside || !client.process.alive() || ending_) return;
-    note(fmt::format("process {} connects", client.process.pid()));
+    story_.note(fmt::format("process {} connects", client.process.pid()));
     client.real->channel().send(1);
     std::uint64_t ignored = 0;
     client.socket = client.real->channel().receive_fd(ignored);
@@ -413,19 +397,19 @@ class ManagerWorld {
       client.state_file = std::move(attached->state_file);
       client.has_session = true;
       client.stage = Stage::served;
-      note(fmt::format("process {} is served", client.process.pid()));
+      story_.note(fmt::format("process {} is served", client.process.pid()));
       // What was not answered is asked again.
       for (const AddressRange range : client.dropping) ask_to_drop(client, range);
       return;
     }
     if (!client.process.alive()) return;
     const auto* refused = std::get_if<native::Refused>(&answer);
-    if (refused == nullptr) return fail("ATTACH or RESUME was answered with something else");
-    note(fmt::format("process {} is refused: {}", client.process.pid(), to_string(refused->code)));
+    if (refused == nullptr) return story_.fail("ATTACH or RESUME was answered with something else");
+    story_.note(fmt::format("process {} is refused: {}", client.process.pid(), to_string(refused->code)));
     const bool may_try_again = refused->code == native::ErrorCode::busy ||
                                refused->code == native::ErrorCode::shutting_down ||
                                refused->code == native::ErrorCode::no_such_session;
-    if (!may_try_again) return fail("refused: " + refused->message);
+    if (!may_try_again) return story_.fail("refused: " + refused->message);
     ::shutdown(client.socket.get(), SHUT_WR);
   }
 
@@ -446,7 +430,7 @@ class ManagerWorld {
       if (!piece) return lose_connection(client);
       if (piece->bytes.empty() && !piece->end) return;
       const bool end = piece->end;
-      heard_ += fmt::format("{}:{} ", client.process.pid(), piece->bytes.size());
+      story_.hear(fmt::format("{}:{} ", client.process.pid(), piece->bytes.size()));
       if (client.speaks == Speaks::native) hear(client, std::move(*piece));
       if (end) return lose_connection(client);
     }
@@ -454,17 +438,17 @@ class ManagerWorld {
 
   void hear(Client& client, Piece piece) {
     Result<std::vector<native::Frame>> frames = client.reader.feed(std::move(piece));
-    if (!frames) return fail("the manager says what it must not: " + frames.error().text());
+    if (!frames) return story_.fail("the manager says what it must not: " + frames.error().text());
     for (native::Frame& frame : *frames) {
       auto request = client.asked.extract(frame.request_id);
       Result<native::Answer> answer = native::decode_answer(std::move(frame));
-      if (!answer || !request) return fail("the manager answers what was not asked");
+      if (!answer || !request) return story_.fail("the manager answers what was not asked");
       request.mapped()(*answer);
     }
   }
 
   void lose_connection(Client& client) {
-    note(fmt::format("the connection of process {} has ended", client.process.pid()));
+    story_.note(fmt::format("the connection of process {} has ended", client.process.pid()));
     client.socket.reset();
     client.asked.clear();
     const bool not_arrived = descriptors_.lost(std::exchange(client.handed_over, -1));
@@ -479,9 +463,9 @@ class ManagerWorld {
   void add_stranger() {
     if (ending_) return;
     constexpr std::array kWords = {"", "[{", "uffk", "uffkuffkuffkuffk"};
-    const std::string word = kWords[draw(kWords.size())];
-    note(fmt::format("a stranger connects, and says '{}'", word));
-    strangers_.push_back(test::connect_to(directory_ / (one_in(2) ? "native" : "firecracker")));
+    const std::string word = kWords[story_.draw(kWords.size())];
+    story_.note(fmt::format("a stranger connects, and says '{}'", word));
+    strangers_.push_back(test::connect_to(directory_ / (story_.one_in(2) ? "native" : "firecracker")));
     if (!word.empty()) test::send_with_fds(strangers_.back().get(), word, {});
   }
 
@@ -498,14 +482,14 @@ class ManagerWorld {
   void ask_operators(const control::Request& request, std::string what) {
     if (ending_) return;
     if (!operator_) operator_ = test::connect_to(directory_ / "control");
-    note("an operator asks: " + what);
+    story_.note("an operator asks: " + what);
     test::send_with_fds(operator_.get(), control::encode_request(request), {});
     operators_asked_.push_back(std::move(what));
   }
 
   void ask_as_operator() {
     const std::string more = directory_ / "more";
-    switch (draw(5)) {
+    switch (story_.draw(5)) {
       case 0:
         return ask_operators(control::Drain{}, "drain");
       case 1:
@@ -528,14 +512,14 @@ class ManagerWorld {
       if (!ended && piece->bytes.empty()) return;
       Result<std::vector<std::string>> lines = std::vector<std::string>();
       if (piece) lines = operators_reader_.feed(*piece);
-      if (!lines) return fail("what an operator hears is no line: " + lines.error().text());
+      if (!lines) return story_.fail("what an operator hears is no line: " + lines.error().text());
       for (const std::string& line : *lines) {
-        if (operators_asked_.empty()) return fail("an operator hears what was not asked");
+        if (operators_asked_.empty()) return story_.fail("an operator hears what was not asked");
         const std::string asked = std::exchange(operators_asked_.front(), "");
         operators_asked_.erase(operators_asked_.begin());
         const auto answer = control::decode_answer(line);
         // What is there cannot be added, and what is not cannot be removed.
-        if (!answer && !asked.starts_with("listen")) return fail(asked + ": " + answer.error().text());
+        if (!answer && !asked.starts_with("listen")) return story_.fail(asked + ": " + answer.error().text());
       }
       if (!ended) continue;
       operator_.reset();
@@ -547,8 +531,8 @@ class ManagerWorld {
   // ---- what happens
 
   void act() {
-    Client& client = *clients_[draw(clients_.size())];
-    const std::uint64_t what = draw(200);
+    Client& client = *clients_[story_.draw(clients_.size())];
+    const std::uint64_t what = story_.draw(200);
     if (what < 90) {
       begin_something(client);
     } else if (what < 150) {
@@ -558,11 +542,11 @@ class ManagerWorld {
     } else if (what < 165) {
       ask_something(client);
     } else if (what == 165) {
-      if (one_in(3)) break_connection(client);
+      if (story_.one_in(3)) break_connection(client);
     } else if (what == 166) {
-      if (one_in(6)) kill(client);
+      if (story_.one_in(6)) kill(client);
     } else if (what == 167) {
-      if (one_in(4)) begin_end();
+      if (story_.one_in(4)) begin_end();
     } else if (what == 168) {
       ask_as_operator();
     } else if (what == 170) {
@@ -586,13 +570,13 @@ class ManagerWorld {
 
   void break_connection(Client& client) {
     if (client.speaks != Speaks::native || client.stage != Stage::served) return;
-    note(fmt::format("process {} breaks its connection", client.process.pid()));
+    story_.note(fmt::format("process {} breaks its connection", client.process.pid()));
     lose_connection(client);
   }
 
   void kill(Client& client) {
     if (!client.process.alive()) return;
-    note(fmt::format("process {} is killed", client.process.pid()));
+    story_.note(fmt::format("process {} is killed", client.process.pid()));
     descriptors_.alone([&] { client.process.kill(); });
     if (client.real) client.real->kill();
     // Its end stays with us until the manager's has gone, with what is on its way there.
@@ -602,13 +586,14 @@ class ManagerWorld {
   void ask_something(Client& client) {
     if (client.speaks != Speaks::native || client.stage != Stage::served || client.detaching) return;
     if (!client.process.alive()) return;
-    const std::uint64_t what = draw(10);
+    const std::uint64_t what = story_.draw(10);
     if (what < 3) return ask(client, native::Query{}, [](native::Answer&) {});
     if (what < 6) return add_region(client);
     if (what < 9) return drop_region(client);
-    if (!one_in(3)) return;
-    const bool populates = !one_in(3);
-    note(fmt::format("process {} is to be {}", client.process.pid(), populates ? "completed" : "released"));
+    if (!story_.one_in(3)) return;
+    const bool populates = !story_.one_in(3);
+    story_.note(
+        fmt::format("process {} is to be {}", client.process.pid(), populates ? "completed" : "released"));
     client.detaching = true;
     client.releasing = client.releasing || !populates;
     if (client.releasing) client.memory.release();
@@ -617,7 +602,7 @@ class ManagerWorld {
         [this, &client](native::Answer& answer) {
           client.detaching = false;
           if (!std::holds_alternative<native::Ok>(answer)) return;
-          note(fmt::format("process {} is its own", client.process.pid()));
+          story_.note(fmt::format("process {} is its own", client.process.pid()));
           client.stage = Stage::complete;
           // Which takes all of its memory out, also what it has added by mremap(2).
           descriptors_.alone([&] { client.uffd.reset(); });
@@ -627,13 +612,13 @@ class ManagerWorld {
   }
 
   void add_region(Client& client) {
-    const AddressRange range{Address(next_place_), ByteCount((1 + draw(8)) * kPage)};
+    const AddressRange range{Address(next_place_), ByteCount((1 + story_.draw(8)) * kPage)};
     next_place_ += kPlaceBytes;
-    const std::uint64_t first = draw(kImagePages - 8);
+    const std::uint64_t first = story_.draw(kImagePages - 8);
     client.process.map({.length = range.length, .fixed = range.start}).value();
     client.uffd->register_range(range, kMissing).value();
-    note(fmt::format("process {} adds {:#x}+{:#x}", client.process.pid(), range.start.value,
-                     range.length.value));
+    story_.note(fmt::format("process {} adds {:#x}+{:#x}", client.process.pid(), range.start.value,
+                            range.length.value));
     ask(client,
         native::AddRegions{
             .regions = {{.memory = range, .offset = StoreOffset(first * kPage), .page_size = kPage4K}}},
@@ -647,12 +632,12 @@ class ManagerWorld {
 
   void drop_region(Client& client) {
     if (client.memory.pages().empty()) return;
-    const AddressRange range{some_page(client), ByteCount((1 + draw(4)) * kPage)};
+    const AddressRange range{some_page(client), ByteCount((1 + story_.draw(4)) * kPage)};
     // It touches nothing there until it has taken it out. A child that is being born has what is dropped, or
     // has it not.
     if (is_in_use(client, range) || is_forking(client)) return;
-    note(fmt::format("process {} drops {:#x}+{:#x}", client.process.pid(), range.start.value,
-                     range.length.value));
+    story_.note(fmt::format("process {} drops {:#x}+{:#x}", client.process.pid(), range.start.value,
+                            range.length.value));
     client.memory.begin_leaving(range);
     client.dropping.push_back(range);
     ask_to_drop(client, range);
@@ -698,29 +683,29 @@ class ManagerWorld {
 
   Address some_page(const Client& client) {
     auto page = client.memory.pages().begin();
-    std::advance(page, static_cast<std::ptrdiff_t>(draw(client.memory.pages().size())));
+    std::advance(page, static_cast<std::ptrdiff_t>(story_.draw(client.memory.pages().size())));
     return Address(page->first);
   }
 
   void begin_something(Client& client) {
-    Worker& worker = client.workers[draw(client.workers.size())];
+    Worker& worker = client.workers[story_.draw(client.workers.size())];
     if (!client.may_run() || worker.thread->state() != sim::Thread::State::idle ||
         client.memory.pages().empty())
       return;
     const Address address = some_page(client);
     Doing doing{};
-    const std::uint64_t what = draw(client.speaks == Speaks::firecracker ? 39 : 44);
+    const std::uint64_t what = story_.draw(client.speaks == Speaks::firecracker ? 39 : 44);
     if (what < 33) {
       doing = {.kind = Doing::Kind::access,
-               .access = {.address = address + ByteCount(draw(kPage)),
+               .access = {.address = address + ByteCount(story_.draw(kPage)),
                           .write = what < 8,
-                          .kernel_mode = one_in(6),
-                          .value = static_cast<std::byte>(draw(256))}};
+                          .kernel_mode = story_.one_in(6),
+                          .value = static_cast<std::byte>(story_.draw(256))}};
     } else if (what == 43) {
       if (!may_fork(client)) return;
       doing.kind = Doing::Kind::fork;
     } else {
-      doing.range = {address, ByteCount((1 + draw(6)) * kPage)};
+      doing.range = {address, ByteCount((1 + story_.draw(6)) * kPage)};
       // Threads of one process that change the same memory at once get what they get.
       for (const Worker& other : client.workers)
         if (other.doing.kind > Doing::Kind::fork && other.doing.range.overlaps(doing.range)) return;
@@ -753,12 +738,12 @@ class ManagerWorld {
            client.memory.find(doing.range.start + ByteCount(pages * kPage)) != nullptr)
       ++pages;
     doing.range.length = ByteCount(pages * kPage);
-    ByteCount length = one_in(2) ? doing.range.length : ByteCount((1 + draw(8)) * kPage);
+    ByteCount length = story_.one_in(2) ? doing.range.length : ByteCount((1 + story_.draw(8)) * kPage);
     if (!client.grows) length = std::min(length, doing.range.length);
     doing.remap = {.from = doing.range,
                    .new_length = length,
                    .may_move = true,
-                   .dont_unmap = length == doing.range.length && one_in(4),
+                   .dont_unmap = length == doing.range.length && story_.one_in(4),
                    .to = Address(next_place_)};
     next_place_ += kPlaceBytes;
   }
@@ -786,10 +771,10 @@ class ManagerWorld {
     }
     constexpr std::array kNames = {"nothing", "access", "fork", "madvise", "munmap", "mremap"};
     const bool is_access = doing.kind == Doing::Kind::access;
-    note(fmt::format("process {}, thread {}: {} {:#x}+{:#x}", client.process.pid(), worker.thread->tid(),
-                     kNames[static_cast<std::size_t>(doing.kind)],
-                     is_access ? doing.access.address.value : doing.range.start.value,
-                     doing.range.length.value));
+    story_.note(fmt::format("process {}, thread {}: {} {:#x}+{:#x}", client.process.pid(),
+                            worker.thread->tid(), kNames[static_cast<std::size_t>(doing.kind)],
+                            is_access ? doing.access.address.value : doing.range.start.value,
+                            doing.range.length.value));
     worker.doing = std::move(doing);
   }
 
@@ -815,7 +800,7 @@ class ManagerWorld {
     if (state != sim::Thread::State::idle) return;
     const sim::Completion ended = worker.thread->last().value();
     const Doing done = std::exchange(doing, {});
-    heard_ += fmt::format("{}={} ", worker.thread->tid(), to_string(ended));
+    story_.hear(fmt::format("{}={} ", worker.thread->tid(), to_string(ended)));
     if (done.kind == Doing::Kind::advise)
       client.memory.end_leaving(done.range, ended.result == 0);
     else if (done.kind == Doing::Kind::fork)
@@ -859,7 +844,7 @@ class ManagerWorld {
     for (int fd = 0; process.open_descriptors() > 0; ++fd) process.system_calls().close(fd);
     child->workers.push_back({.thread = process.threads().front()});
     while (child->workers.size() < kThreads) child->workers.push_back({.thread = &process.spawn_thread()});
-    note(fmt::format("process {} has a child, {}", parent.process.pid(), process.pid()));
+    story_.note(fmt::format("process {} has a child, {}", parent.process.pid(), process.pid()));
     newcomers_.push_back(std::move(child));
   }
 
@@ -868,17 +853,17 @@ class ManagerWorld {
     if (page == nullptr && overlaps_any(client.unknown, {access.address, ByteCount(1)})) return;
     if (ended.kind != sim::Completion::Kind::value) {
       if (page != nullptr)
-        fail(fmt::format("{:#x} of process {}: {}", access.address.value, client.process.pid(),
-                         to_string(ended)));
+        story_.fail(fmt::format("{:#x} of process {}: {}", access.address.value, client.process.pid(),
+                                to_string(ended)));
       return;
     }
     const ExpectedMemory::Looked looked = client.memory.look_at(access, ended);
-    bytes_checked_ += looked.compared ? 1 : 0;
-    if (!looked.wrong.empty()) fail(fmt::format("process {}: {}", client.process.pid(), looked.wrong));
+    if (looked.compared) story_.count_checked_byte();
+    if (!looked.wrong.empty()) story_.fail(fmt::format("process {}: {}", client.process.pid(), looked.wrong));
   }
 
   void check() {
-    for (const std::string& text : kernel_.violations()) fail(text);
+    for (const std::string& text : kernel_.violations()) story_.fail(text);
   }
 
   // What is under way still; empty if nothing is.
@@ -902,7 +887,7 @@ class ManagerWorld {
   // Nothing new is begun; all that is under way comes to its end.
   void rest() {
     std::int64_t until_ns = threads_.clock_ns() + kPatienceNs;
-    while (wrong_.empty()) {
+    while (story_.is_right()) {
       if (!ending_)
         for (const auto& client : clients_)
           if (client->speaks != Speaks::nothing) connect(*client);
@@ -915,9 +900,10 @@ class ManagerWorld {
       hear_all();
       const std::string left = unfinished();
       if (left.empty() && !ending_) return;
-      if (threads_.clock_ns() > until_ns) return fail(left.empty() ? "the manager does not end" : left);
+      if (threads_.clock_ns() > until_ns)
+        return story_.fail(left.empty() ? "the manager does not end" : left);
       if (turn() || ended_ || !idle) continue;
-      if (!threads_.let_time_pass()) return fail(left);
+      if (!threads_.let_time_pass()) return story_.fail(left);
     }
   }
 
@@ -927,14 +913,15 @@ class ManagerWorld {
       std::vector<Address> addresses;
       for (const auto& [address, page] : client->memory.pages()) addresses.emplace_back(address);
       for (const Address address : addresses) {
-        if (!wrong_.empty()) return;
-        Worker& worker = client->workers[draw(client->workers.size())];
+        if (!story_.is_right()) return;
+        Worker& worker = client->workers[story_.draw(client->workers.size())];
         if (worker.thread->state() != sim::Thread::State::idle) rest();
-        if (!wrong_.empty()) return;
+        if (!story_.is_right()) return;
         if (client->memory.find(address) == nullptr) continue;
         descriptors_.alone([&] {
-          begin(*client, worker,
-                {.kind = Doing::Kind::access, .access = {.address = address + ByteCount(draw(kPage))}});
+          begin(
+              *client, worker,
+              {.kind = Doing::Kind::access, .access = {.address = address + ByteCount(story_.draw(kPage))}});
         });
         turn();
       }
@@ -944,20 +931,20 @@ class ManagerWorld {
 
   // The last manager ends while nobody does anything, and nothing is left of it.
   void end() {
-    if (!wrong_.empty()) return;
+    if (!story_.is_right()) return;
     begin_end();
     const std::int64_t until_ns = threads_.clock_ns() + kEndNs;
     while (!ended_) {
       while (turn()) continue;
       hear_all();
       const bool idle = threads_.run_until_idle();
-      if (threads_.clock_ns() > until_ns) return fail("the manager does not end");
+      if (threads_.clock_ns() > until_ns) return story_.fail("the manager does not end");
       if (ended_ || turn() || !idle) continue;
       CHECK(threads_.let_time_pass());
     }
     bury();
     (void)threads_.run_until_idle();
-    if (threads_.others() != 0) fail(fmt::format("{} threads are left", threads_.others()));
+    if (threads_.others() != 0) story_.fail(fmt::format("{} threads are left", threads_.others()));
   }
 
   // Something was wrong: who waits for what does not come would not end, and the manager not before its
@@ -982,8 +969,8 @@ class ManagerWorld {
 
   test::TempDir directory_;
   std::optional<test::Mapping> image_;
-  std::mt19937_64 random_;
-  const Compressed compressed_ = one_in(3) ? Compressed::yes : Compressed::no;
+  Story story_;
+  const Compressed compressed_ = story_.one_in(3) ? Compressed::yes : Compressed::no;
   PlantedThreads threads_;
   sim::Kernel kernel_;
   RealDescriptors descriptors_;
@@ -1001,10 +988,6 @@ class ManagerWorld {
   bool ended_ = false;
   bool ended_well_ = false;
   std::uint64_t next_place_ = kFirstFreePlace;
-  std::string wrong_;
-  std::string heard_;
-  std::vector<std::string> events_;
-  std::size_t bytes_checked_ = 0;
 };
 
 }  // namespace

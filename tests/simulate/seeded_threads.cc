@@ -47,7 +47,7 @@ void SeededThreads::wait_for_turn(State state, std::int64_t until_ns) {
 }
 
 void SeededThreads::choose() {
-  now_ns_ += static_cast<std::int64_t>(draw(kTurnMaxNs));
+  now_ns_ += static_cast<std::int64_t>(random_.draw(kTurnMaxNs));
   std::vector<Member*> able = who_can_run();
   while (able.empty()) {
     // Everybody waits, the first one too, for somebody's end.
@@ -60,7 +60,7 @@ void SeededThreads::choose() {
   }
   std::uint64_t weights = 0;
   for (const Member* member : able) weights += member->weight;
-  std::uint64_t drawn = draw(weights);
+  std::uint64_t drawn = random_.draw(weights);
   std::size_t chosen = 0;
   while (drawn >= able[chosen]->weight) drawn -= able[chosen++]->weight;
   running_ = able[chosen]->id;
@@ -139,7 +139,7 @@ std::size_t SeededThreads::others() const {
 SeededThreads::ThreadId SeededThreads::start(std::function<void()> run) {
   const std::lock_guard lock(mutex_);
   const ThreadId id = members_.size();
-  members_.push_back(std::make_unique<Member>(id, kWeights[draw(kWeights.size())]));
+  members_.push_back(std::make_unique<Member>(id, kWeights[random_.draw(kWeights.size())]));
   Member& member = *members_.back();
   member.thread = std::thread([this, &member, run = std::move(run)]() mutable {
     {
@@ -186,7 +186,7 @@ void SeededThreads::wake(const void* condition, bool all) {
   for (const auto& member : members_)
     if (member->state == State::condition && member->condition == condition) asleep.push_back(member.get());
   if (asleep.empty()) return;
-  if (!all) asleep = {asleep[draw(asleep.size())]};
+  if (!all) asleep = {asleep[random_.draw(asleep.size())]};
   for (Member* member : asleep) member->state = State::runnable;
 }
 

@@ -13,12 +13,12 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "base/threads.h"
+#include "simulate/random.h"
 
 namespace uffdkit::simulate {
 
@@ -81,11 +81,10 @@ class SeededThreads : public ThreadScheduler {
   void fire_timers();
   // The next time that anybody waits for.
   std::int64_t next_time() const;
-  std::uint64_t draw(std::uint64_t below) { return random_() % below; }
   void trace(std::uint64_t decision);
 
   std::mutex mutex_;  // held by whoever runs while it decides
-  std::mt19937_64 random_;
+  Random random_;
   std::int64_t now_ns_ = 1'000'000'000;
   std::uint64_t trace_ = 0xcbf2'9ce4'8422'2325;
   std::vector<std::unique_ptr<Member>> members_;  // by number

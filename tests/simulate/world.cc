@@ -11,12 +11,13 @@
 #include <cerrno>
 #include <cstring>
 #include <memory>
-#include <random>
 #include <set>
 #include <utility>
 
 #include "engine/session.h"
+#include "simulate/cut_copy.h"
 #include "simulate/expected.h"
+#include "simulate/story.h"
 
 namespace uffdkit::simulate {
 namespace {
@@ -82,9 +83,6 @@ class ManagerCalls final : public SystemCalls {
  private:
   World& world_;
   SystemCalls& calls_;
-  // A COPY that now and then stops half-way, as it does when memory is short.
-  int copy(int fd, std::uintptr_t argument);
-
   bool was_present_ = false;
   std::map<int, std::vector<abi::Msg>> held_;
 };
@@ -153,41 +151,41 @@ struct Client final : SessionHost {
 
 class World {
  public:
-  World(std::uint64_t seed, Bug planted) : bug(planted), random_(seed), kernel_({.seed = seed}) {
+  World(std::uint64_t seed, Bug planted) : bug(planted), story_(seed), kernel_({.seed = seed}) {
     store_ = std::make_shared<SeededStore>(*this);
     lane_ = StoreLane::create(store_).value();
     new_manager();
-    const std::uint64_t count = draw(3);
-    for (std::uint64_t i = 0; i < count; ++i) add_client(nullptr, draw(kImagePages - kRegionPages));
-    if (one_in(6)) add_client(nullptr, draw(kImagePages - kHugeRegionPages), sim::Memory::hugetlb_private);
-    if (one_in(4)) add_clones();
-    if (!clients_.empty() && one_in(2)) return;
+    const std::uint64_t count = story_.draw(3);
+    for (std::uint64_t i = 0; i < count; ++i) add_client(nullptr, story_.draw(kImagePages - kRegionPages));
+    if (story_.one_in(6))
+      add_client(nullptr, story_.draw(kImagePages - kHugeRegionPages), sim::Memory::hugetlb_private);
+    if (story_.one_in(4)) add_clones();
+    if (!clients_.empty() && story_.one_in(2)) return;
     // Two that share their memory: what is put there for one is there for the other, whose threads nobody
     // wakes by that.
     const sim::ObjectPtr object = kernel_.make_shmem(ByteCount(kRegionPages * kPage));
-    const std::uint64_t first = draw(kImagePages - kRegionPages);
+    const std::uint64_t first = story_.draw(kImagePages - kRegionPages);
     for (int i = 0; i < 2; ++i) add_client(object, first);
   }
 
   Found run() {
-    for (int step = 0; step < kSteps && wrong_.empty(); ++step) {
+    for (int step = 0; step < kSteps && story_.is_right(); ++step) {
       act();
       check();
     }
     come_to_rest();
     look_at_everything();
     end_everything();
-    return {.wrong = wrong_, .events = std::move(events_), .bytes_checked = bytes_checked_};
+    return story_.tell();
   }
 
-  std::uint64_t draw(std::uint64_t below) { return random_() % below; }
-  bool one_in(std::uint64_t n) { return draw(n) == 0; }
+  Story& story() { return story_; }
   std::int64_t now_ns() const { return now_ns_; }
   bool at_rest() const { return at_rest_; }
 
   // Between two system calls of the manager.
   void between_calls() {
-    for (std::uint64_t turns = draw(4); turns > 0 && turn();) --turns;
+    for (std::uint64_t turns = story_.draw(4); turns > 0 && turn();) --turns;
     if (calls_to_live_ > 0 && --calls_to_live_ == 0) throw Killed{};
   }
 
@@ -199,7 +197,7 @@ class World {
     for (std::uint64_t index = 0; index < kImagePages; ++index) {
       if (!image_->has(PageIndex(index)) || image_object_->cached(index * kPage)) continue;
       if (::pread(image_file_.get(), page.data(), kPage, static_cast<off_t>(index * kPage)) != kPage)
-        fail("the shared image cannot be read");
+        story_.fail("the shared image cannot be read");
       image_object_->write(index * kPage, page);
     }
   }
@@ -207,11 +205,6 @@ class World {
   const Bug bug;
 
  private:
-  void note(std::string text) { events_.push_back(std::move(text)); }
-  void fail(std::string text) {
-    if (wrong_.empty()) wrong_ = std::move(text);
-  }
-
   void new_manager() {
     manager_ = &kernel_.spawn();
     calls_ = std::make_unique<ManagerCalls>(*this, *manager_);
@@ -224,12 +217,12 @@ class World {
     client->kept = Uffd::create({.required = Features(kFeatures)}, process.system_calls()).value();
     client->shares = shared != nullptr;
     client->huge = memory.has_value();
-    const sim::Memory kind = memory      ? *memory
-                             : shared    ? sim::Memory::shmem_shared
-                             : one_in(2) ? sim::Memory::anonymous
-                                         : sim::Memory::shmem_private;
+    const sim::Memory kind = memory             ? *memory
+                             : shared           ? sim::Memory::shmem_shared
+                             : story_.one_in(2) ? sim::Memory::anonymous
+                                                : sim::Memory::shmem_private;
     client->grows = kind == sim::Memory::anonymous;
-    if (client->huge) note(fmt::format("process {} has huge pages", process.pid()));
+    if (client->huge) story_.note(fmt::format("process {} has huge pages", process.pid()));
     const ByteCount length((client->huge ? kHugeRegionPages : kRegionPages) * kPage);
     const AddressRange range{process.map({.memory = kind, .length = length, .object = shared}).value(),
                              length};
@@ -249,12 +242,12 @@ class World {
         SharedImage::create(StoreLane::create(std::make_shared<SeededStore>(*this, true)).value()).value();
     image_file_ = image_->open_for_client().value();
     image_object_ = kernel_.make_shmem(ByteCount(kImagePages * kPage));
-    for (std::uint64_t clones = 2 + draw(2); clones > 0; --clones) {
+    for (std::uint64_t clones = 2 + story_.draw(2); clones > 0; --clones) {
       sim::Process& process = kernel_.spawn();
       auto client = std::make_unique<Client>(*this, process);
-      client->sharing = one_in(2) ? SharingMode::resolve : SharingMode::page_cache;
+      client->sharing = story_.one_in(2) ? SharingMode::resolve : SharingMode::page_cache;
       client->kept = Uffd::create({.required = Features(kFeatures)}, process.system_calls()).value();
-      const std::uint64_t first = draw(kImagePages - kRegionPages);
+      const std::uint64_t first = story_.draw(kImagePages - kRegionPages);
       const ByteCount length(kRegionPages * kPage);
       const Address start = process
                                 .map({.memory = sim::Memory::shmem_private,
@@ -266,7 +259,7 @@ class World {
       client->kept->register_range({start, length}, resolve ? kMissing | kMinor : kMissing).value();
       client->memory.add({start, length}, first);
       for (int i = 0; i < kThreads; ++i) client->workers.push_back({.thread = &process.spawn_thread()});
-      note(fmt::format("process {} shares the image", process.pid()));
+      story_.note(fmt::format("process {} shares the image", process.pid()));
       serve(*client, SessionState::create("image").value());
       client->session
           ->add_region({start, length}, StoreOffset(first * kPage), kPage4K, image_->lane(), 0,
@@ -284,44 +277,44 @@ class World {
     serve(client, Uffd::receive(fd, *calls_).value(), std::move(state), std::move(lanes));
   }
   void serve(Client& client, Uffd uffd, SessionState state, std::vector<std::shared_ptr<StoreLane>> lanes) {
-    client.session =
-        std::make_unique<Session>(std::move(uffd), std::move(state), std::move(lanes),
-                                  SessionOptions{.fault_around = PageCount(std::uint64_t{1} << draw(5)),
-                                                 .background = one_in(4) ? Background::full : Background::off,
-                                                 .follow_streams = one_in(2)},
-                                  client);
-    if (one_in(2)) prefetch(client);
+    client.session = std::make_unique<Session>(
+        std::move(uffd), std::move(state), std::move(lanes),
+        SessionOptions{.fault_around = PageCount(std::uint64_t{1} << story_.draw(5)),
+                       .background = story_.one_in(4) ? Background::full : Background::off,
+                       .follow_streams = story_.one_in(2)},
+        client);
+    if (story_.one_in(2)) prefetch(client);
     client.next = {.again = true};
   }
 
   // Pages of the image in any order are brought before they are asked for.
   void prefetch(Client& client) {
     std::vector<std::uint32_t> order;
-    for (std::uint64_t page = draw(4); page < kImagePages; page += 1 + draw(4))
+    for (std::uint64_t page = story_.draw(4); page < kImagePages; page += 1 + story_.draw(4))
       order.push_back(static_cast<std::uint32_t>(page));
-    std::ranges::shuffle(order, random_);
-    note(fmt::format("process {} is brought {} pages", client.process.pid(), order.size()));
-    client.session->prefetch(std::make_shared<PrefetchOrder>(std::move(order)), lane_, draw(1000));
+    story_.shuffle(order);
+    story_.note(fmt::format("process {} is brought {} pages", client.process.pid(), order.size()));
+    client.session->prefetch(std::make_shared<PrefetchOrder>(std::move(order)), lane_, story_.draw(1000));
   }
 
   // ---- what happens
 
   void act() {
-    Client& client = *clients_[draw(clients_.size())];
-    switch (draw(16)) {
+    Client& client = *clients_[story_.draw(clients_.size())];
+    switch (story_.draw(16)) {
       case 0:
-        now_ns_ += static_cast<std::int64_t>(draw(1'000'000));
+        now_ns_ += static_cast<std::int64_t>(story_.draw(1'000'000));
         break;
       case 1:
       case 2:
         give_back_a_fetch(client);
         break;
       case 3:
-        if (calls_to_live_ == 0 && one_in(20)) calls_to_live_ = 1 + static_cast<int>(draw(12));
+        if (calls_to_live_ == 0 && story_.one_in(20)) calls_to_live_ = 1 + static_cast<int>(story_.draw(12));
         break;
       case 4:
-        if (one_in(100)) kill(client);
-        if (one_in(60)) end_session(client);
+        if (story_.one_in(100)) kill(client);
+        if (story_.one_in(60)) end_session(client);
         break;
       case 5:
       case 6:
@@ -339,15 +332,15 @@ class World {
   }
 
   void kill(Client& client) {
-    note(fmt::format("process {} is killed", client.process.pid()));
+    story_.note(fmt::format("process {} is killed", client.process.pid()));
     client.process.kill();
   }
 
   void begin_something(Client& client) {
-    Client::Worker& worker = client.workers[draw(client.workers.size())];
+    Client::Worker& worker = client.workers[story_.draw(client.workers.size())];
     if (worker.thread->state() != sim::Thread::State::idle || client.memory.pages().empty()) return;
     auto page = client.memory.pages().begin();
-    std::advance(page, static_cast<std::ptrdiff_t>(draw(client.memory.pages().size())));
+    std::advance(page, static_cast<std::ptrdiff_t>(story_.draw(client.memory.pages().size())));
     const Address address(page->first);
     Client::Doing doing{};
     // Of what clients share, one session would not hear what the other's client changes.
@@ -355,16 +348,16 @@ class World {
     // when they are not served any more.
     const bool keeps_all = client.sharing == SharingMode::page_cache ||
                            (client.sharing == SharingMode::resolve && (!client.session || client.is_ending));
-    const std::uint64_t what = client.shares ? 8 + draw(25)
-                               : keeps_all   ? draw(33)
-                               : client.huge ? draw(37)
-                                             : draw(44);
+    const std::uint64_t what = client.shares ? 8 + story_.draw(25)
+                               : keeps_all   ? story_.draw(33)
+                               : client.huge ? story_.draw(37)
+                                             : story_.draw(44);
     if (what < 33) {
       doing = {.kind = Client::Doing::Kind::access,
-               .access = {.address = address + ByteCount(draw(kPage)),
+               .access = {.address = address + ByteCount(story_.draw(kPage)),
                           .write = what < 8,
-                          .kernel_mode = one_in(6),
-                          .value = static_cast<std::byte>(draw(256))}};
+                          .kernel_mode = story_.one_in(6),
+                          .value = static_cast<std::byte>(story_.draw(256))}};
       worker.thread->access(doing.access);
     } else if (what == 33) {
       if (!may_fork(client)) return;
@@ -372,7 +365,7 @@ class World {
       worker.thread->fork();
     } else {
       doing.range = client.huge ? AddressRange{Address(kPage2M.round_down(address.value)), kPage2M.bytes()}
-                                : AddressRange{address, ByteCount((1 + draw(6)) * kPage)};
+                                : AddressRange{address, ByteCount((1 + story_.draw(6)) * kPage)};
       // Threads of one process that change the same memory at once get what they get.
       for (const Client::Worker& other : client.workers)
         if (other.doing.kind > Client::Doing::Kind::fork && other.doing.range.overlaps(doing.range)) return;
@@ -386,22 +379,24 @@ class World {
       } else {
         doing.kind = Client::Doing::Kind::remap;
         doing.range.length = ByteCount(mapped_pages(client, doing.range) * kPage);
-        doing.remap = {.from = doing.range,
-                       .new_length = one_in(2) ? doing.range.length : ByteCount((1 + draw(8)) * kPage),
-                       .may_move = true,
-                       .to = Address(next_place_)};
+        doing.remap = {
+            .from = doing.range,
+            .new_length = story_.one_in(2) ? doing.range.length : ByteCount((1 + story_.draw(8)) * kPage),
+            .may_move = true,
+            .to = Address(next_place_)};
         if (!client.grows) doing.remap.new_length = std::min(doing.remap.new_length, doing.range.length);
         // What a mapping of the image's memory leaves behind is zero only as long as it is served.
-        doing.remap.dont_unmap =
-            client.sharing == SharingMode::none && doing.remap.new_length == doing.range.length && one_in(4);
+        doing.remap.dont_unmap = client.sharing == SharingMode::none &&
+                                 doing.remap.new_length == doing.range.length && story_.one_in(4);
         next_place_ += kPlaceBytes;
         worker.thread->remap(doing.remap);
       }
     }
     constexpr std::array kNames = {"nothing", "access", "fork", "madvise", "munmap", "mremap"};
-    note(fmt::format("process {}, thread {}: {} {:#x}+{:#x}{}", client.process.pid(), worker.thread->tid(),
-                     kNames[static_cast<std::size_t>(doing.kind)], address.value, doing.range.length.value,
-                     doing.remap.to ? fmt::format(" to {:#x}", doing.remap.to->value) : ""));
+    story_.note(fmt::format("process {}, thread {}: {} {:#x}+{:#x}{}", client.process.pid(),
+                            worker.thread->tid(), kNames[static_cast<std::size_t>(doing.kind)], address.value,
+                            doing.range.length.value,
+                            doing.remap.to ? fmt::format(" to {:#x}", doing.remap.to->value) : ""));
     worker.doing = doing;
   }
 
@@ -436,14 +431,14 @@ class World {
     if (client.sharing != SharingMode::none && gives_back) return;
     client.is_ending = true;
     // What one of those that share their memory gives up is zero for the other too.
-    if (!client.shares && one_in(3)) {
-      note(fmt::format("process {} is released", client.process.pid()));
+    if (!client.shares && story_.one_in(3)) {
+      story_.note(fmt::format("process {} is released", client.process.pid()));
       client.memory.release();
       act_on(client, [&] { client.session->release(); });
     } else {
-      note(fmt::format("process {} is to be completed", client.process.pid()));
+      story_.note(fmt::format("process {} is to be completed", client.process.pid()));
       act_on(client, [&] {
-        client.session->begin_detach(one_in(2) ? Unreadable::keep_serving : Unreadable::poison);
+        client.session->begin_detach(story_.one_in(2) ? Unreadable::keep_serving : Unreadable::poison);
       });
     }
     client.mail = true;
@@ -466,8 +461,8 @@ class World {
       act();
       if (client.session && client.session->end()) {
         constexpr std::array kNames = {"gone", "detached", "released", "abandoned", "failed"};
-        note(fmt::format("the session of process {} has ended: {}", client.process.pid(),
-                         kNames[static_cast<std::size_t>(*client.session->end())]));
+        story_.note(fmt::format("the session of process {} has ended: {}", client.process.pid(),
+                                kNames[static_cast<std::size_t>(*client.session->end())]));
         client.session.reset();
         // Nothing is registered any more when the client has closed its own descriptor, too: what it has
         // added by mremap(2) is known to nobody else.
@@ -515,7 +510,7 @@ class World {
     child->memory = *fork.of_child;
     child->workers.push_back({.thread = process.threads().front()});
     while (child->workers.size() < kThreads) child->workers.push_back({.thread = &process.spawn_thread()});
-    note(fmt::format("process {} has a child, {}", parent.process.pid(), process.pid()));
+    story_.note(fmt::format("process {} has a child, {}", parent.process.pid(), process.pid()));
     if ((parent.session || parent.newborn) && !fork.unserved)
       child->awaits_session_of = &parent;
     else
@@ -535,7 +530,8 @@ class World {
   void give_back_a_fetch(Client& client) {
     if (!client.session) client.reading.clear();
     if (client.reading.empty()) return;
-    const auto chosen = client.reading.begin() + static_cast<std::ptrdiff_t>(draw(client.reading.size()));
+    const auto chosen =
+        client.reading.begin() + static_cast<std::ptrdiff_t>(story_.draw(client.reading.size()));
     std::unique_ptr<Fetch> fetch = std::move(*chosen);
     client.reading.erase(chosen);
     read_fetch(*fetch);
@@ -556,7 +552,7 @@ class World {
 
   // The manager is dead. Another takes up what it left.
   void succeed() {
-    note("the manager is killed, and another takes up");
+    story_.note("the manager is killed, and another takes up");
     calls_to_live_ = 0;
     std::vector<std::pair<Client*, UniqueFd>> left;
     welcome();
@@ -626,19 +622,20 @@ class World {
   void look_at_access(Client& client, const sim::Access& access, const sim::Completion& ended) {
     if (ended.kind == sim::Completion::Kind::value) {
       const ExpectedMemory::Looked looked = client.memory.look_at(access, ended);
-      bytes_checked_ += looked.compared ? 1 : 0;
-      if (!looked.wrong.empty()) fail(fmt::format("process {}: {}", client.process.pid(), looked.wrong));
+      if (looked.compared) story_.count_checked_byte();
+      if (!looked.wrong.empty())
+        story_.fail(fmt::format("process {}: {}", client.process.pid(), looked.wrong));
       return;
     }
     const ExpectedPage* page = client.memory.find(access.address);
     const bool may_fail = page == nullptr || (page->image && store_->failed.contains(*page->image));
     if (!may_fail)
-      fail(fmt::format("{:#x} of process {}: {}", access.address.value, client.process.pid(),
-                       sim::to_string(ended)));
+      story_.fail(fmt::format("{:#x} of process {}: {}", access.address.value, client.process.pid(),
+                              sim::to_string(ended)));
   }
 
   void check() {
-    for (const std::string& text : kernel_.violations()) fail(text);
+    for (const std::string& text : kernel_.violations()) story_.fail(text);
     welcome();
     check_descriptors();
     for (const auto& client : clients_) {
@@ -648,8 +645,8 @@ class World {
         const bool asleep =
             state == sim::Thread::State::fault_sleep || state == sim::Thread::State::event_sleep;
         if (!asleep || is_due(*client) || client->next.wake_at_ns != 0 || !client->reading.empty()) continue;
-        fail(fmt::format("thread {} is {}, and nothing is under way for it", worker.thread->tid(),
-                         sim::to_string(state)));
+        story_.fail(fmt::format("thread {} is {}, and nothing is under way for it", worker.thread->tid(),
+                                sim::to_string(state)));
       }
     }
   }
@@ -660,15 +657,15 @@ class World {
     for (const auto& client : clients_)
       served += std::size_t{client->session != nullptr} + std::size_t{client->newborn != nullptr};
     if (manager_->open_descriptors() != served)
-      fail(fmt::format("the manager has {} descriptors, and serves {} userfaultfds",
-                       manager_->open_descriptors(), served));
+      story_.fail(fmt::format("the manager has {} descriptors, and serves {} userfaultfds",
+                              manager_->open_descriptors(), served));
   }
 
   // Nothing new is begun; all that is under way comes to its end.
   void come_to_rest() {
     at_rest_ = true;
     calls_to_live_ = 0;
-    for (int steps = 0; steps < kStepsToRest && wrong_.empty(); ++steps) {
+    for (int steps = 0; steps < kStepsToRest && story_.is_right(); ++steps) {
       bool moved = turn();
       welcome();
       // By number: clients are born meanwhile.
@@ -693,7 +690,7 @@ class World {
       if (soonest == 0) return;
       now_ns_ = soonest;
     }
-    fail("it does not come to rest");
+    story_.fail("it does not come to rest");
   }
 
   void look_at_everything() {
@@ -705,7 +702,7 @@ class World {
         if (!client->huge || seen++ % 61 == 0) addresses.emplace_back(address);
       Client::Worker& worker = client->workers.front();
       for (const Address address : addresses) {
-        if (!wrong_.empty() || worker.thread->state() != sim::Thread::State::idle) break;
+        if (!story_.is_right() || worker.thread->state() != sim::Thread::State::idle) break;
         worker.doing = {.kind = Client::Doing::Kind::access, .access = {.address = address + ByteCount(7)}};
         worker.thread->access(worker.doing.access);
         come_to_rest();
@@ -716,25 +713,25 @@ class World {
   // When all processes have ended, nothing of them is left.
   void end_everything() {
     for (const auto& client : clients_) client->process.kill();
-    for (int steps = 0; steps < kStepsToRest && wrong_.empty(); ++steps) {
+    for (int steps = 0; steps < kStepsToRest && story_.is_right(); ++steps) {
       const auto served =
           std::ranges::find_if(clients_, [](const auto& client) { return !!client->session; });
       if (served == clients_.end()) break;
       Client& client = **served;
       if (!is_due(client)) {
         if (client.next.wake_at_ns == 0 && client.reading.empty())
-          return fail(fmt::format("the session of process {} outlives it", client.process.pid()));
+          return story_.fail(fmt::format("the session of process {} outlives it", client.process.pid()));
         now_ns_ = std::max(now_ns_, client.next.wake_at_ns);
       }
       give_back_a_fetch(client);
       if (client.session) step(client);
     }
     check_descriptors();
-    if (wrong_.empty() && kernel_.spare_huge_pages() != sim::KernelOptions{}.huge_pages)
-      fail(fmt::format("{} huge pages are spare in the end", kernel_.spare_huge_pages()));
+    if (story_.is_right() && kernel_.spare_huge_pages() != sim::KernelOptions{}.huge_pages)
+      story_.fail(fmt::format("{} huge pages are spare in the end", kernel_.spare_huge_pages()));
   }
 
-  std::mt19937_64 random_;
+  Story story_;
   sim::Kernel kernel_;
   std::shared_ptr<SeededStore> store_;
   std::shared_ptr<StoreLane> lane_;
@@ -750,9 +747,6 @@ class World {
   std::int64_t now_ns_ = 1;
   int calls_to_live_ = 0;
   bool at_rest_ = false;
-  std::string wrong_;
-  std::vector<std::string> events_;
-  std::size_t bytes_checked_ = 0;
 };
 
 std::int64_t Client::now_ns() {
@@ -760,13 +754,13 @@ std::int64_t Client::now_ns() {
 }
 
 bool Client::gives_way() {
-  return world.draw(4) == 0;
+  return world.story().draw(4) == 0;
 }
 
 Result<ReadStatus> SeededStore::read(StoreOffset from, std::span<std::byte> to, Wait wait) noexcept {
-  if (wait == Wait::no && !prompt_ && world_.one_in(2)) return ReadStatus::would_block;
+  if (wait == Wait::no && !prompt_ && world_.story().one_in(2)) return ReadStatus::would_block;
   const std::uint64_t first = from.value / kPage;
-  if (wait == Wait::yes && !world_.at_rest() && world_.one_in(20)) {
+  if (wait == Wait::yes && !world_.at_rest() && world_.story().one_in(20)) {
     for (std::uint64_t i = 0; i < to.size() / kPage; ++i) failed.insert(first + i);
     return Failure(Error("the seed says so", EIO));
   }
@@ -775,24 +769,12 @@ Result<ReadStatus> SeededStore::read(StoreOffset from, std::span<std::byte> to, 
   return ReadStatus::done;
 }
 
-int ManagerCalls::copy(int fd, std::uintptr_t argument) {
-  abi::CopyArgs args;
-  std::memcpy(&args, reinterpret_cast<const void*>(argument), sizeof args);
-  const std::uint64_t asked = args.len;
-  const bool cut = asked > kPage && asked % kPage2M.bytes().value != 0 && world_.one_in(8);
-  if (cut) args.len = (1 + world_.draw(asked / kPage - 1)) * kPage;
-  int result = calls_.ioctl(fd, abi::kIoctlCopy, reinterpret_cast<std::uintptr_t>(&args));
-  if (cut && result == 0) result = -EAGAIN;
-  args.len = asked;
-  std::memcpy(reinterpret_cast<void*>(argument), &args, sizeof args);
-  return result;
-}
-
 int ManagerCalls::ioctl(int fd, unsigned long request, std::uintptr_t argument) {
   world_.between_calls();
   world_.show_shared_pages();
   if (world_.bug == Bug::no_wake_after_present && request == abi::kIoctlWake && was_present_) return 0;
-  int result = request == abi::kIoctlCopy ? copy(fd, argument) : calls_.ioctl(fd, request, argument);
+  int result = request == abi::kIoctlCopy ? cut_copy(calls_, world_.story(), fd, argument)
+                                          : calls_.ioctl(fd, request, argument);
   was_present_ = result == -EEXIST;
   if (result == -EAGAIN && (request == abi::kIoctlCopy || request == abi::kIoctlZeropage)) {
     std::int64_t done = 0;
@@ -805,7 +787,7 @@ int ManagerCalls::ioctl(int fd, unsigned long request, std::uintptr_t argument) 
 }
 
 int ManagerCalls::close(int fd) {
-  if (world_.bug == Bug::leaked_descriptor && world_.one_in(4)) return 0;
+  if (world_.bug == Bug::leaked_descriptor && world_.story().one_in(4)) return 0;
   return calls_.close(fd);
 }
 

@@ -9,10 +9,9 @@
 // cause that is under way.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <string>
-#include <vector>
+
+#include "simulate/story.h"
 
 namespace uffdkit::simulate {
 
@@ -25,13 +24,6 @@ enum class Bug : std::uint8_t {
   short_copy_taken_for_whole,  // a COPY that stopped half-way counts as done
   refused_fault_forgotten,     // a fill that was refused because memory is changing counts as done
   leaked_descriptor,           // a userfaultfd is not closed
-};
-
-struct Found {
-  std::string wrong;                // empty: nothing
-  std::vector<std::string> events;  // what was done, one a line
-  std::size_t bytes_checked = 0;    // that threads read
-  std::uint64_t trace = 0;          // tells runs apart that went different ways; of the manager's only
 };
 
 // One run.
