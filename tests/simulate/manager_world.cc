@@ -31,8 +31,8 @@
 #include "image/memory_source.h"
 #include "image/write_image.h"
 #include "manager/manager.h"
+#include "simulate/client_process.h"
 #include "simulate/cut_copy.h"
-#include "simulate/expected.h"
 #include "simulate/real_descriptors.h"
 #include "simulate/seeded_threads.h"
 #include "simulate/story.h"
@@ -51,15 +51,11 @@ constexpr std::uint64_t kImagePages = 300;
 constexpr std::uint64_t kRegionPages = 60;
 constexpr std::size_t kClients = 5;
 constexpr std::size_t kClientsMax = 9;  // with children of fork
-constexpr int kThreads = 3;
 constexpr int kSteps = 1500;
 // Nothing that is on its way takes longer: a stranger is shown out after 5 s.
 constexpr std::int64_t kPatienceNs = 6'000'000'000;
 // Completing a client's memory, and noticing the end of a process that nobody knows.
 constexpr std::int64_t kEndNs = 60'000'000'000;
-// Where clients move memory to: each time to a place of its own.
-constexpr std::uint64_t kFirstFreePlace = 0x300000000000;
-constexpr std::uint64_t kPlaceBytes = 64 * kPage;
 constexpr std::uint64_t kNativeFeatures =
     abi::kFeatureEventRemove | abi::kFeatureEventUnmap | abi::kFeatureEventRemap | abi::kFeatureEventFork;
 // One range of a successor's wakes has more pages, one of a fault's has not.
@@ -159,21 +155,6 @@ class YieldingCalls final : public SystemCalls {
   const ManagerBug bug_;
 };
 
-struct Doing {
-  enum class Kind : std::uint8_t { nothing, access, fork, advise, unmap, remap };
-  Kind kind = Kind::nothing;
-  sim::Access access{};
-  AddressRange range{};
-  sim::Remap remap{};
-  bool begun = false;
-  std::optional<ExpectedMemory> of_child = {};  // of fork
-};
-
-struct Worker {
-  sim::Thread* thread;
-  Doing doing{};
-};
-
 enum class Speaks : std::uint8_t {
   firecracker,
   native,
@@ -187,20 +168,15 @@ enum class Stage : std::uint8_t {
   complete,  // nobody needs to serve it any more
 };
 
-struct Client {
-  Client(sim::Process& its_process, Speaks how) : process(its_process), speaks(how) {}
+struct Client : ClientProcess {
+  Client(sim::Process& its_process, Speaks how) : ClientProcess(its_process), speaks(how) {}
   bool may_run() const {
     // One that speaks the native protocol touches its memory when it has been told that it may.
     return process.alive() && (speaks != Speaks::native || has_session);
   }
 
-  sim::Process& process;
   const Speaks speaks;
   Stage stage = Stage::outside;
-  std::optional<Uffd> uffd;
-  std::vector<Worker> workers;
-  ExpectedMemory memory;
-  bool grows = false;  // it has no file, beyond whose end there would be nothing
   AddressRange region{};
   std::uint64_t first_page = 0;  // of the image, which the region shows
   // The process that connects and is watched.
@@ -327,15 +303,10 @@ class ManagerWorld {
     client->uffd = Uffd::create({.required = Features(features)}, client->process.system_calls()).value();
     client->grows = story_.one_in(2);
     client->first_page = story_.draw(kImagePages - kRegionPages);
-    client->region.length = ByteCount(kRegionPages * kPage);
-    client->region.start =
-        client->process
-            .map({.memory = client->grows ? sim::Memory::anonymous : sim::Memory::shmem_private,
-                  .length = client->region.length})
-            .value();
-    client->uffd->register_range(client->region, kMissing).value();
-    client->memory.add(client->region, client->first_page);
-    for (int i = 0; i < kThreads; ++i) client->workers.push_back({.thread = &client->process.spawn_thread()});
+    client->region =
+        client->begin_with({.memory = client->grows ? sim::Memory::anonymous : sim::Memory::shmem_private,
+                            .length = ByteCount(kRegionPages * kPage)},
+                           kMissing, client->first_page);
     const std::string socket = directory_ / (speaks == Speaks::native ? "native" : "firecracker");
     client->real = std::make_unique<test::Child>([socket](const test::Channel& test) {
       while (test.receive() != 0) test.send_fd(0, test::connect_to(socket).get());
@@ -612,8 +583,7 @@ class ManagerWorld {
   }
 
   void add_region(Client& client) {
-    const AddressRange range{Address(next_place_), ByteCount((1 + story_.draw(8)) * kPage)};
-    next_place_ += kPlaceBytes;
+    const AddressRange range{places_.next(), ByteCount((1 + story_.draw(8)) * kPage)};
     const std::uint64_t first = story_.draw(kImagePages - 8);
     client.process.map({.length = range.length, .fixed = range.start}).value();
     client.uffd->register_range(range, kMissing).value();
@@ -632,10 +602,10 @@ class ManagerWorld {
 
   void drop_region(Client& client) {
     if (client.memory.pages().empty()) return;
-    const AddressRange range{some_page(client), ByteCount((1 + story_.draw(4)) * kPage)};
+    const AddressRange range{client.some_page(story_), ByteCount((1 + story_.draw(4)) * kPage)};
     // It touches nothing there until it has taken it out. A child that is being born has what is dropped, or
     // has it not.
-    if (is_in_use(client, range) || is_forking(client)) return;
+    if (is_in_use(client, range) || client.is_forking()) return;
     story_.note(fmt::format("process {} drops {:#x}+{:#x}", client.process.pid(), range.start.value,
                             range.length.value));
     client.memory.begin_leaving(range);
@@ -681,36 +651,23 @@ class ManagerWorld {
     return std::ranges::any_of(ranges, [&](AddressRange other) { return other.overlaps(range); });
   }
 
-  Address some_page(const Client& client) {
-    auto page = client.memory.pages().begin();
-    std::advance(page, static_cast<std::ptrdiff_t>(story_.draw(client.memory.pages().size())));
-    return Address(page->first);
-  }
-
   void begin_something(Client& client) {
     Worker& worker = client.workers[story_.draw(client.workers.size())];
-    if (!client.may_run() || worker.thread->state() != sim::Thread::State::idle ||
-        client.memory.pages().empty())
-      return;
-    const Address address = some_page(client);
+    if (!client.may_run() || !worker.is_idle() || client.memory.pages().empty()) return;
+    const Address address = client.some_page(story_);
     Doing doing{};
     const std::uint64_t what = story_.draw(client.speaks == Speaks::firecracker ? 39 : 44);
     if (what < 33) {
-      doing = {.kind = Doing::Kind::access,
-               .access = {.address = address + ByteCount(story_.draw(kPage)),
-                          .write = what < 8,
-                          .kernel_mode = story_.one_in(6),
-                          .value = static_cast<std::byte>(story_.draw(256))}};
+      doing = ClientProcess::some_access(story_, address, what < 8);
     } else if (what == 43) {
       if (!may_fork(client)) return;
       doing.kind = Doing::Kind::fork;
     } else {
       doing.range = {address, ByteCount((1 + story_.draw(6)) * kPage)};
-      // Threads of one process that change the same memory at once get what they get.
-      for (const Worker& other : client.workers)
-        if (other.doing.kind > Doing::Kind::fork && other.doing.range.overlaps(doing.range)) return;
+      if (client.is_changing(doing.range)) return;
       doing.kind = what < 38 ? Doing::Kind::advise : what == 38 ? Doing::Kind::unmap : Doing::Kind::remap;
-      if (doing.kind == Doing::Kind::remap) choose_remap(client, doing);
+      if (doing.kind == Doing::Kind::remap)
+        doing = client.some_move(story_, doing.range, places_.next(), true);
     }
     if (doing.kind == Doing::Kind::remap && overlaps_any(client.dropped, doing.range)) return;
     if (overlaps_any(client.dropping, doing.kind == Doing::Kind::access
@@ -724,58 +681,16 @@ class ManagerWorld {
     // A private mapping of a file shares that file with the child, whose zeros it would read when nobody
     // serves the child any more.
     if (!client.grows || clients_.size() + newcomers_.size() >= kClientsMax) return false;
-    return client.stage == Stage::served && !client.detaching && !is_forking(client);
-  }
-
-  static bool is_forking(const Client& client) {
-    return std::ranges::any_of(client.workers,
-                               [](const Worker& worker) { return worker.doing.kind == Doing::Kind::fork; });
-  }
-
-  void choose_remap(Client& client, Doing& doing) {
-    std::uint64_t pages = 0;
-    while (pages * kPage < doing.range.length.value &&
-           client.memory.find(doing.range.start + ByteCount(pages * kPage)) != nullptr)
-      ++pages;
-    doing.range.length = ByteCount(pages * kPage);
-    ByteCount length = story_.one_in(2) ? doing.range.length : ByteCount((1 + story_.draw(8)) * kPage);
-    if (!client.grows) length = std::min(length, doing.range.length);
-    doing.remap = {.from = doing.range,
-                   .new_length = length,
-                   .may_move = true,
-                   .dont_unmap = length == doing.range.length && story_.one_in(4),
-                   .to = Address(next_place_)};
-    next_place_ += kPlaceBytes;
+    return client.stage == Stage::served && !client.detaching && !client.is_forking();
   }
 
   void begin(Client& client, Worker& worker, Doing doing) {
-    switch (doing.kind) {
-      case Doing::Kind::nothing:
-        return;
-      case Doing::Kind::access:
-        worker.thread->access(doing.access);
-        break;
-      case Doing::Kind::fork:
-        worker.thread->fork();
-        break;
-      case Doing::Kind::advise:
-        client.memory.begin_leaving(doing.range);
-        worker.thread->advise(doing.range, sim::Advice::dont_need);
-        break;
-      case Doing::Kind::unmap:
-        worker.thread->unmap(doing.range);
-        break;
-      case Doing::Kind::remap:
-        worker.thread->remap(doing.remap);
-        break;
-    }
-    constexpr std::array kNames = {"nothing", "access", "fork", "madvise", "munmap", "mremap"};
     const bool is_access = doing.kind == Doing::Kind::access;
     story_.note(fmt::format("process {}, thread {}: {} {:#x}+{:#x}", client.process.pid(),
-                            worker.thread->tid(), kNames[static_cast<std::size_t>(doing.kind)],
+                            worker.thread->tid(), to_string(doing.kind),
                             is_access ? doing.access.address.value : doing.range.start.value,
                             doing.range.length.value));
-    worker.doing = std::move(doing);
+    client.begin(worker, std::move(doing));
   }
 
   // ---- what must come of it
@@ -793,22 +708,15 @@ class ManagerWorld {
   }
 
   void look_at(Client& client, Worker& worker) {
-    Doing& doing = worker.doing;
-    const sim::Thread::State state = worker.thread->state();
-    if (doing.kind == Doing::Kind::nothing || state == sim::Thread::State::dead) return;
-    if (state != sim::Thread::State::runnable && !std::exchange(doing.begun, true)) begun(client, worker);
-    if (state != sim::Thread::State::idle) return;
-    const sim::Completion ended = worker.thread->last().value();
-    const Doing done = std::exchange(doing, {});
-    story_.hear(fmt::format("{}={} ", worker.thread->tid(), to_string(ended)));
-    if (done.kind == Doing::Kind::advise)
-      client.memory.end_leaving(done.range, ended.result == 0);
-    else if (done.kind == Doing::Kind::fork)
-      add_child(client, *ended.child, *done.of_child);
-    else if (done.kind == Doing::Kind::remap)
-      look_at_remap(client, done.remap, ended);
-    else if (done.kind == Doing::Kind::access)
-      look_at_access(client, done.access, ended);
+    const std::optional<Done> done = client.look_at(worker, client.dropping);
+    if (!done) return;
+    story_.hear(fmt::format("{}={} ", worker.thread->tid(), to_string(done->ended)));
+    if (done->doing.kind == Doing::Kind::fork)
+      add_child(client, *done->ended.child, *done->doing.of_child);
+    else if (done->doing.kind == Doing::Kind::remap)
+      look_at_remap(client, done->doing.remap, done->ended);
+    else if (done->doing.kind == Doing::Kind::access)
+      look_at_access(client, done->doing.access, done->ended);
   }
 
   static void look_at_remap(Client& client, const sim::Remap& remap, const sim::Completion& ended) {
@@ -819,47 +727,20 @@ class ManagerWorld {
     forget(client, {*remap.to, remap.new_length});
   }
 
-  // The first turn of what it does, in which the deed is done that others see.
-  static void begun(Client& client, Worker& worker) {
-    Doing& doing = worker.doing;
-    if (doing.kind == Doing::Kind::unmap) client.memory.forget(doing.range);
-    if (doing.kind == Doing::Kind::fork) {
-      doing.of_child = client.memory.child();
-      for (const AddressRange range : client.dropping) doing.of_child->forget(range);
-    }
-    if (doing.kind != Doing::Kind::remap) return;
-    const bool failed =
-        worker.thread->state() == sim::Thread::State::idle && worker.thread->last().value().result < 0;
-    if (failed) return;
-    client.memory.move(doing.remap.from, *doing.remap.to, doing.remap.new_length, doing.remap.dont_unmap);
-  }
-
   void add_child(Client& parent, sim::Process& process, ExpectedMemory memory) {
     auto child = std::make_unique<Client>(process, Speaks::nothing);
     child->stage = Stage::served;
     child->grows = true;
-    child->memory = std::move(memory);
     child->dropped = parent.dropped;
-    // Its copy of the parent's descriptor would keep the parent waiting if all others had closed theirs.
-    for (int fd = 0; process.open_descriptors() > 0; ++fd) process.system_calls().close(fd);
-    child->workers.push_back({.thread = process.threads().front()});
-    while (child->workers.size() < kThreads) child->workers.push_back({.thread = &process.spawn_thread()});
+    child->begin_as_child(std::move(memory));
     story_.note(fmt::format("process {} has a child, {}", parent.process.pid(), process.pid()));
     newcomers_.push_back(std::move(child));
   }
 
   void look_at_access(Client& client, const sim::Access& access, const sim::Completion& ended) {
-    const ExpectedPage* page = client.memory.find(access.address);
-    if (page == nullptr && overlaps_any(client.unknown, {access.address, ByteCount(1)})) return;
-    if (ended.kind != sim::Completion::Kind::value) {
-      if (page != nullptr)
-        story_.fail(fmt::format("{:#x} of process {}: {}", access.address.value, client.process.pid(),
-                                to_string(ended)));
-      return;
-    }
-    const ExpectedMemory::Looked looked = client.memory.look_at(access, ended);
-    if (looked.compared) story_.count_checked_byte();
-    if (!looked.wrong.empty()) story_.fail(fmt::format("process {}: {}", client.process.pid(), looked.wrong));
+    const bool is_known = client.memory.find(access.address) != nullptr;
+    if (!is_known && overlaps_any(client.unknown, {access.address, ByteCount(1)})) return;
+    client.check(story_, access, ended, !is_known);
   }
 
   void check() {
@@ -877,7 +758,7 @@ class ManagerWorld {
         return fmt::format("process {} is not served", pid);
       if (!client->asked.empty()) return fmt::format("process {} waits for an answer", pid);
       for (const Worker& worker : client->workers)
-        if (worker.thread->state() != sim::Thread::State::idle)
+        if (!worker.is_idle())
           return fmt::format("thread {} of process {} is {}, and nobody comes for it", worker.thread->tid(),
                              pid, to_string(worker.thread->state()));
     }
@@ -915,7 +796,7 @@ class ManagerWorld {
       for (const Address address : addresses) {
         if (!story_.is_right()) return;
         Worker& worker = client->workers[story_.draw(client->workers.size())];
-        if (worker.thread->state() != sim::Thread::State::idle) rest();
+        if (!worker.is_idle()) rest();
         if (!story_.is_right()) return;
         if (client->memory.find(address) == nullptr) continue;
         descriptors_.alone([&] {
@@ -987,7 +868,7 @@ class ManagerWorld {
   std::int64_t ends_by_ns_ = 0;
   bool ended_ = false;
   bool ended_well_ = false;
-  std::uint64_t next_place_ = kFirstFreePlace;
+  Places places_;
 };
 
 }  // namespace

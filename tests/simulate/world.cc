@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "engine/session.h"
+#include "simulate/client_process.h"
 #include "simulate/cut_copy.h"
 #include "simulate/expected.h"
 #include "simulate/story.h"
@@ -27,15 +28,10 @@ constexpr std::uint64_t kImagePages = 3 * kHugePages;
 constexpr std::uint64_t kRegionPages = 48;
 constexpr std::uint64_t kHugeRegionPages = 2 * kHugePages;
 constexpr std::size_t kClientsMax = 8;  // with their children
-constexpr int kThreads = 3;
 constexpr int kSteps = 600;
 constexpr int kStepsToRest = 50'000;
 constexpr std::uint64_t kFeatures =
     abi::kFeatureEventRemove | abi::kFeatureEventUnmap | abi::kFeatureEventRemap | abi::kFeatureEventFork;
-// Where clients move memory to: each time to a place of its own.
-constexpr std::uint64_t kFirstFreePlace = 0x300000000000;
-constexpr std::uint64_t kPlaceBytes = 64 * kPage;
-
 // Thrown out of a system call: the manager is killed there.
 struct Killed {};
 
@@ -88,23 +84,8 @@ class ManagerCalls final : public SystemCalls {
 };
 
 // A client, and the session that serves it.
-struct Client final : SessionHost {
-  struct Doing {
-    enum class Kind : std::uint8_t { nothing, access, fork, advise, unmap, remap };
-    Kind kind = Kind::nothing;
-    sim::Access access{};
-    AddressRange range{};
-    sim::Remap remap{};
-    bool begun = false;
-    std::optional<ExpectedMemory> of_child = {};  // of fork
-    bool unserved = false;  // of fork: who read of it was killed, and nobody has the child's userfaultfd
-  };
-  struct Worker {
-    sim::Thread* thread;
-    Doing doing{};
-  };
-
-  Client(World& its_world, sim::Process& its_process) : world(its_world), process(its_process) {}
+struct Client final : ClientProcess, SessionHost {
+  Client(World& its_world, sim::Process& its_process) : ClientProcess(its_process), world(its_world) {}
 
   // SessionHost
   std::int64_t now_ns() override;
@@ -127,18 +108,12 @@ struct Client final : SessionHost {
   void warn(const std::string&) override {}
 
   World& world;
-  sim::Process& process;
-  // The client's own descriptor, by which a successor takes up. A child of fork has none.
-  std::optional<Uffd> kept;
-  std::vector<Worker> workers;
-  ExpectedMemory memory;
   std::unique_ptr<Session> session;
   Session::Next next{.again = true};
   bool shares = false;                      // its memory, with another client
   bool is_ending = false;                   // its session was told to end
   SharingMode sharing = SharingMode::none;  // of the image's memory, which the manager fills for all
   bool huge = false;                        // hugetlbfs
-  bool grows = false;                       // it has no file, beyond whose end there would be nothing
   // Between a fork and what the manager makes of it: the parent has the child's session, or the child knows
   // that one will come.
   std::unique_ptr<ForkedSession> newborn;
@@ -214,7 +189,7 @@ class World {
                   std::optional<sim::Memory> memory = std::nullopt) {
     sim::Process& process = kernel_.spawn();
     auto client = std::make_unique<Client>(*this, process);
-    client->kept = Uffd::create({.required = Features(kFeatures)}, process.system_calls()).value();
+    client->uffd = Uffd::create({.required = Features(kFeatures)}, process.system_calls()).value();
     client->shares = shared != nullptr;
     client->huge = memory.has_value();
     const sim::Memory kind = memory             ? *memory
@@ -224,11 +199,8 @@ class World {
     client->grows = kind == sim::Memory::anonymous;
     if (client->huge) story_.note(fmt::format("process {} has huge pages", process.pid()));
     const ByteCount length((client->huge ? kHugeRegionPages : kRegionPages) * kPage);
-    const AddressRange range{process.map({.memory = kind, .length = length, .object = shared}).value(),
-                             length};
-    client->kept->register_range(range, kMissing).value();
-    client->memory.add(range, first);
-    for (int i = 0; i < kThreads; ++i) client->workers.push_back({.thread = &process.spawn_thread()});
+    const AddressRange range =
+        client->begin_with({.memory = kind, .length = length, .object = shared}, kMissing, first);
     serve(*client, SessionState::create("image").value());
     client->session->add_region(range, StoreOffset(first * kPage), client->huge ? kPage2M : kPage4K, lane_)
         .value();
@@ -246,23 +218,18 @@ class World {
       sim::Process& process = kernel_.spawn();
       auto client = std::make_unique<Client>(*this, process);
       client->sharing = story_.one_in(2) ? SharingMode::resolve : SharingMode::page_cache;
-      client->kept = Uffd::create({.required = Features(kFeatures)}, process.system_calls()).value();
+      client->uffd = Uffd::create({.required = Features(kFeatures)}, process.system_calls()).value();
       const std::uint64_t first = story_.draw(kImagePages - kRegionPages);
-      const ByteCount length(kRegionPages * kPage);
-      const Address start = process
-                                .map({.memory = sim::Memory::shmem_private,
-                                      .length = length,
-                                      .object = image_object_,
-                                      .offset = first * kPage})
-                                .value();
       const bool resolve = client->sharing == SharingMode::resolve;
-      client->kept->register_range({start, length}, resolve ? kMissing | kMinor : kMissing).value();
-      client->memory.add({start, length}, first);
-      for (int i = 0; i < kThreads; ++i) client->workers.push_back({.thread = &process.spawn_thread()});
+      const AddressRange range = client->begin_with({.memory = sim::Memory::shmem_private,
+                                                     .length = ByteCount(kRegionPages * kPage),
+                                                     .object = image_object_,
+                                                     .offset = first * kPage},
+                                                    resolve ? kMissing | kMinor : kMissing, first);
       story_.note(fmt::format("process {} shares the image", process.pid()));
       serve(*client, SessionState::create("image").value());
       client->session
-          ->add_region({start, length}, StoreOffset(first * kPage), kPage4K, image_->lane(), 0,
+          ->add_region(range, StoreOffset(first * kPage), kPage4K, image_->lane(), 0,
                        {.mode = client->sharing, .image = image_})
           .value();
       clients_.push_back(std::move(client));
@@ -271,7 +238,7 @@ class World {
 
   // What a manager does with a client that arrives or comes back.
   void serve(Client& client, SessionState state) {
-    const int fd = client.process.pass_descriptor(client.kept->fd(), *manager_);
+    const int fd = client.process.pass_descriptor(client.uffd->fd(), *manager_);
     std::vector<std::shared_ptr<StoreLane>> lanes;
     for (const RegionRecord& region : state.regions()) lanes.push_back(region.live ? lane_ : nullptr);
     serve(client, Uffd::receive(fd, *calls_).value(), std::move(state), std::move(lanes));
@@ -337,12 +304,10 @@ class World {
   }
 
   void begin_something(Client& client) {
-    Client::Worker& worker = client.workers[story_.draw(client.workers.size())];
-    if (worker.thread->state() != sim::Thread::State::idle || client.memory.pages().empty()) return;
-    auto page = client.memory.pages().begin();
-    std::advance(page, static_cast<std::ptrdiff_t>(story_.draw(client.memory.pages().size())));
-    const Address address(page->first);
-    Client::Doing doing{};
+    Worker& worker = client.workers[story_.draw(client.workers.size())];
+    if (!worker.is_idle() || client.memory.pages().empty()) return;
+    const Address address = client.some_page(story_);
+    Doing doing{};
     // Of what clients share, one session would not hear what the other's client changes.
     // What a client of the page cache gives back is the image again, and so it is for all who share the image
     // when they are not served any more.
@@ -353,51 +318,24 @@ class World {
                                : client.huge ? story_.draw(37)
                                              : story_.draw(44);
     if (what < 33) {
-      doing = {.kind = Client::Doing::Kind::access,
-               .access = {.address = address + ByteCount(story_.draw(kPage)),
-                          .write = what < 8,
-                          .kernel_mode = story_.one_in(6),
-                          .value = static_cast<std::byte>(story_.draw(256))}};
-      worker.thread->access(doing.access);
+      doing = ClientProcess::some_access(story_, address, what < 8);
     } else if (what == 33) {
       if (!may_fork(client)) return;
-      doing.kind = Client::Doing::Kind::fork;
-      worker.thread->fork();
+      doing.kind = Doing::Kind::fork;
     } else {
       doing.range = client.huge ? AddressRange{Address(kPage2M.round_down(address.value)), kPage2M.bytes()}
                                 : AddressRange{address, ByteCount((1 + story_.draw(6)) * kPage)};
-      // Threads of one process that change the same memory at once get what they get.
-      for (const Client::Worker& other : client.workers)
-        if (other.doing.kind > Client::Doing::Kind::fork && other.doing.range.overlaps(doing.range)) return;
-      if (what < 39) {
-        doing.kind = Client::Doing::Kind::advise;
-        client.memory.begin_leaving(doing.range);
-        worker.thread->advise(doing.range, sim::Advice::dont_need);
-      } else if (what == 39) {
-        doing.kind = Client::Doing::Kind::unmap;
-        worker.thread->unmap(doing.range);
-      } else {
-        doing.kind = Client::Doing::Kind::remap;
-        doing.range.length = ByteCount(mapped_pages(client, doing.range) * kPage);
-        doing.remap = {
-            .from = doing.range,
-            .new_length = story_.one_in(2) ? doing.range.length : ByteCount((1 + story_.draw(8)) * kPage),
-            .may_move = true,
-            .to = Address(next_place_)};
-        if (!client.grows) doing.remap.new_length = std::min(doing.remap.new_length, doing.range.length);
-        // What a mapping of the image's memory leaves behind is zero only as long as it is served.
-        doing.remap.dont_unmap = client.sharing == SharingMode::none &&
-                                 doing.remap.new_length == doing.range.length && story_.one_in(4);
-        next_place_ += kPlaceBytes;
-        worker.thread->remap(doing.remap);
-      }
+      if (client.is_changing(doing.range)) return;
+      doing.kind = what < 39 ? Doing::Kind::advise : what == 39 ? Doing::Kind::unmap : Doing::Kind::remap;
+      // What a mapping of the image's memory leaves behind is zero only as long as it is served.
+      if (doing.kind == Doing::Kind::remap)
+        doing = client.some_move(story_, doing.range, places_.next(), client.sharing == SharingMode::none);
     }
-    constexpr std::array kNames = {"nothing", "access", "fork", "madvise", "munmap", "mremap"};
     story_.note(fmt::format("process {}, thread {}: {} {:#x}+{:#x}{}", client.process.pid(),
-                            worker.thread->tid(), kNames[static_cast<std::size_t>(doing.kind)], address.value,
+                            worker.thread->tid(), to_string(doing.kind), address.value,
                             doing.range.length.value,
                             doing.remap.to ? fmt::format(" to {:#x}", doing.remap.to->value) : ""));
-    worker.doing = doing;
+    client.begin(worker, std::move(doing));
   }
 
   // One at a time, so that it is known whose child a session is of.
@@ -408,26 +346,14 @@ class World {
     if (clients_.size() >= kClientsMax || client.newborn) return false;
     for (const auto& other : clients_)
       if (other->awaits_session_of == &client) return false;
-    return std::ranges::none_of(client.workers, [](const Client::Worker& worker) {
-      return worker.doing.kind == Client::Doing::Kind::fork;
-    });
-  }
-
-  // How many pages of a range lie side by side from its start.
-  static std::uint64_t mapped_pages(Client& client, AddressRange range) {
-    std::uint64_t pages = 0;
-    while (pages * kPage < range.length.value &&
-           client.memory.find(range.start + ByteCount(pages * kPage)) != nullptr)
-      ++pages;
-    return pages;
+    return !client.is_forking();
   }
 
   // The manager completes the client's memory, or the client wants no more of it.
   void end_session(Client& client) {
     if (!client.session) return;
-    const bool gives_back = std::ranges::any_of(client.workers, [](const Client::Worker& worker) {
-      return worker.doing.kind > Client::Doing::Kind::fork;
-    });
+    const bool gives_back = std::ranges::any_of(
+        client.workers, [](const Worker& worker) { return worker.doing.changes_memory(); });
     if (client.sharing != SharingMode::none && gives_back) return;
     client.is_ending = true;
     // What one of those that share their memory gives up is zero for the other too.
@@ -466,7 +392,7 @@ class World {
         client.session.reset();
         // Nothing is registered any more when the client has closed its own descriptor, too: what it has
         // added by mremap(2) is known to nobody else.
-        client.kept.reset();
+        client.uffd.reset();
         client.reading.clear();
         client.next = {};
       }
@@ -500,16 +426,12 @@ class World {
     if (!parent.process.alive()) parent.newborn.reset();
   }
 
-  void add_child(Client& parent, sim::Process& process, const Client::Doing& fork) {
+  void add_child(Client& parent, sim::Process& process, const Doing& fork) {
     auto child = std::make_unique<Client>(*this, process);
     child->next = {};
     child->huge = parent.huge;
     child->grows = parent.grows;
-    // Its copy of the parent's descriptor would keep the parent waiting if everybody else had closed theirs.
-    for (int fd = 0; process.open_descriptors() > 0; ++fd) process.system_calls().close(fd);
-    child->memory = *fork.of_child;
-    child->workers.push_back({.thread = process.threads().front()});
-    while (child->workers.size() < kThreads) child->workers.push_back({.thread = &process.spawn_thread()});
+    child->begin_as_child(*fork.of_child);
     story_.note(fmt::format("process {} has a child, {}", parent.process.pid(), process.pid()));
     if ((parent.session || parent.newborn) && !fork.unserved)
       child->awaits_session_of = &parent;
@@ -558,11 +480,11 @@ class World {
     welcome();
     for (const auto& client : clients_) {
       // A child's userfaultfd dies with the manager: nobody else has a descriptor of it.
-      const bool is_left = client->session && client->kept;
+      const bool is_left = client->session && client->uffd;
       if (is_left)
         left.emplace_back(client.get(), UniqueFd(::fcntl(client->session->state().fd(), F_DUPFD_CLOEXEC, 0)));
       if ((client->session && !is_left) || client->awaits_session_of != nullptr) client->memory.release();
-      for (Client::Worker& worker : client->workers)
+      for (Worker& worker : client->workers)
         worker.doing.unserved |= worker.thread->state() == sim::Thread::State::runnable && worker.doing.begun;
       client->session.reset();
       client->newborn.reset();
@@ -585,53 +507,20 @@ class World {
   bool turn() {
     if (!kernel_.step()) return false;
     for (const auto& client : clients_)
-      for (Client::Worker& worker : client->workers) look_at(*client, worker);
+      for (Worker& worker : client->workers) look_at(*client, worker);
     for (const auto& client : newcomers_)
-      for (Client::Worker& worker : client->workers) look_at(*client, worker);
+      for (Worker& worker : client->workers) look_at(*client, worker);
     return true;
   }
 
-  void look_at(Client& client, Client::Worker& worker) {
-    Client::Doing& doing = worker.doing;
-    const sim::Thread::State state = worker.thread->state();
-    if (doing.kind == Client::Doing::Kind::nothing || state == sim::Thread::State::dead) return;
-    if (state != sim::Thread::State::runnable && !std::exchange(doing.begun, true)) begun(client, worker);
-    if (state != sim::Thread::State::idle) return;
-    const sim::Completion ended = worker.thread->last().value();
-    const Client::Doing done = std::exchange(doing, {});
-    if (done.kind == Client::Doing::Kind::advise)
-      client.memory.end_leaving(done.range, ended.result == 0);
-    else if (done.kind == Client::Doing::Kind::fork)
-      add_child(client, *ended.child, done);
-    else if (done.kind == Client::Doing::Kind::access)
-      look_at_access(client, done.access, ended);
-  }
-
-  // The first turn of what it does, in which the deed is done that others see.
-  void begun(Client& client, Client::Worker& worker) {
-    Client::Doing& doing = worker.doing;
-    if (doing.kind == Client::Doing::Kind::unmap) client.memory.forget(doing.range);
-    if (doing.kind == Client::Doing::Kind::fork) doing.of_child = client.memory.child();
-    if (doing.kind != Client::Doing::Kind::remap) return;
-    const bool failed =
-        worker.thread->state() == sim::Thread::State::idle && worker.thread->last().value().result < 0;
-    if (failed) return;
-    client.memory.move(doing.remap.from, *doing.remap.to, doing.remap.new_length, doing.remap.dont_unmap);
-  }
-
-  void look_at_access(Client& client, const sim::Access& access, const sim::Completion& ended) {
-    if (ended.kind == sim::Completion::Kind::value) {
-      const ExpectedMemory::Looked looked = client.memory.look_at(access, ended);
-      if (looked.compared) story_.count_checked_byte();
-      if (!looked.wrong.empty())
-        story_.fail(fmt::format("process {}: {}", client.process.pid(), looked.wrong));
-      return;
-    }
-    const ExpectedPage* page = client.memory.find(access.address);
+  void look_at(Client& client, Worker& worker) {
+    const std::optional<Done> done = client.look_at(worker);
+    if (!done) return;
+    if (done->doing.kind == Doing::Kind::fork) add_child(client, *done->ended.child, done->doing);
+    if (done->doing.kind != Doing::Kind::access) return;
+    const ExpectedPage* page = client.memory.find(done->doing.access.address);
     const bool may_fail = page == nullptr || (page->image && store_->failed.contains(*page->image));
-    if (!may_fail)
-      story_.fail(fmt::format("{:#x} of process {}: {}", access.address.value, client.process.pid(),
-                              sim::to_string(ended)));
+    client.check(story_, done->doing.access, done->ended, may_fail);
   }
 
   void check() {
@@ -640,7 +529,7 @@ class World {
     check_descriptors();
     for (const auto& client : clients_) {
       if (!client->process.alive() || client->awaits_session_of != nullptr) continue;
-      for (const Client::Worker& worker : client->workers) {
+      for (const Worker& worker : client->workers) {
         const sim::Thread::State state = worker.thread->state();
         const bool asleep =
             state == sim::Thread::State::fault_sleep || state == sim::Thread::State::event_sleep;
@@ -700,11 +589,10 @@ class World {
       std::size_t seen = 0;
       for (const auto& [address, page] : client->memory.pages())
         if (!client->huge || seen++ % 61 == 0) addresses.emplace_back(address);
-      Client::Worker& worker = client->workers.front();
+      Worker& worker = client->workers.front();
       for (const Address address : addresses) {
-        if (!story_.is_right() || worker.thread->state() != sim::Thread::State::idle) break;
-        worker.doing = {.kind = Client::Doing::Kind::access, .access = {.address = address + ByteCount(7)}};
-        worker.thread->access(worker.doing.access);
+        if (!story_.is_right() || !worker.is_idle()) break;
+        client->begin(worker, {.kind = Doing::Kind::access, .access = {.address = address + ByteCount(7)}});
         come_to_rest();
       }
     }
@@ -743,7 +631,7 @@ class World {
   sim::ObjectPtr image_object_;
   std::uint64_t shown_pages_ = 0;
   std::vector<std::unique_ptr<Client>> newcomers_;  // born in this turn
-  std::uint64_t next_place_ = kFirstFreePlace;
+  Places places_;
   std::int64_t now_ns_ = 1;
   int calls_to_live_ = 0;
   bool at_rest_ = false;
