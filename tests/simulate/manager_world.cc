@@ -32,9 +32,8 @@
 #include "image/write_image.h"
 #include "manager/manager.h"
 #include "simulate/client_process.h"
-#include "simulate/cut_copy.h"
+#include "simulate/manager_seam.h"
 #include "simulate/real_descriptors.h"
-#include "simulate/seeded_threads.h"
 #include "simulate/story.h"
 #include "support/child.h"
 #include "support/client.h"
@@ -58,8 +57,6 @@ constexpr std::int64_t kPatienceNs = 6'000'000'000;
 constexpr std::int64_t kEndNs = 60'000'000'000;
 constexpr std::uint64_t kNativeFeatures =
     abi::kFeatureEventRemove | abi::kFeatureEventUnmap | abi::kFeatureEventRemap | abi::kFeatureEventFork;
-// One range of a successor's wakes has more pages, one of a fault's has not.
-constexpr std::uint64_t kWakePages = 32;
 
 std::size_t open_descriptors() {
   const std::filesystem::directory_iterator all("/proc/self/fd");
@@ -93,67 +90,6 @@ test::Mapping locked(const std::filesystem::path& path) {
   CHECK(::syscall(SYS_mlock, mapping.data(), mapping.size()) == 0);
   return mapping;
 }
-
-// Loses what a bug loses.
-class PlantedThreads final : public SeededThreads {
- public:
-  PlantedThreads(std::uint64_t seed, ManagerBug bug) : SeededThreads(seed), bug_(bug), random_(seed) {}
-  void wake(const void* condition, bool all) override {
-    if (!loses(ManagerBug::lost_notification)) SeededThreads::wake(condition, all);
-  }
-  void set_timer(int timer, std::int64_t when_ns) override {
-    if (!loses(ManagerBug::lost_time)) SeededThreads::set_timer(timer, when_ns);
-  }
-  int wait(int epoll, epoll_event& event, int timeout_ms) override {
-    const int events = SeededThreads::wait(epoll, event, timeout_ms);
-    return events == 1 && loses(ManagerBug::lost_event) ? 0 : events;
-  }
-  void mend() { bug_ = ManagerBug::none; }
-
- private:
-  bool loses(ManagerBug bug) { return bug_ == bug && random_.one_in(8); }
-
-  ManagerBug bug_;
-  Random random_;
-};
-
-// The manager's system calls: others may run before and after each, and a copy may stop half-way.
-class YieldingCalls final : public SystemCalls {
- public:
-  YieldingCalls(SeededThreads& threads, RealDescriptors& calls, std::uint64_t seed, ManagerBug bug)
-      : threads_(threads), calls_(calls), random_(seed), bug_(bug) {}
-  int userfaultfd(int flags) override { return calls_.userfaultfd(flags); }
-  int open(const char* path, int flags) override { return calls_.open(path, flags); }
-  int ioctl(int fd, unsigned long request, std::uintptr_t argument) override {
-    if (bug_ == ManagerBug::no_wake_at_succession && request == abi::kIoctlWake &&
-        reinterpret_cast<const abi::RangeArgs*>(argument)->len > kWakePages * kPage)
-      return 0;
-    threads_.yield();
-    const int result = request == abi::kIoctlCopy ? cut_copy(calls_, random_, fd, argument)
-                                                  : calls_.ioctl(fd, request, argument);
-    threads_.yield();
-    return result;
-  }
-  std::ptrdiff_t read(int fd, void* buffer, std::size_t bytes) override {
-    threads_.yield();
-    const std::ptrdiff_t got = calls_.read(fd, buffer, bytes);
-    threads_.yield();
-    return got;
-  }
-  int poll_readable(int fd, int timeout_ms) override { return calls_.poll_readable(fd, timeout_ms); }
-  int get_flags(int fd) override { return calls_.get_flags(fd); }
-  int duplicate(int fd) override { return calls_.duplicate(fd); }
-  int close(int fd) override {
-    if (bug_ == ManagerBug::leaked_descriptor && random_.one_in(4)) return 0;
-    return calls_.close(fd);
-  }
-
- private:
-  SeededThreads& threads_;
-  RealDescriptors& calls_;
-  Random random_;
-  const ManagerBug bug_;
-};
 
 enum class Speaks : std::uint8_t {
   firecracker,

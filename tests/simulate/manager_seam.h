@@ -1,0 +1,54 @@
+// Where the manager meets the machine: its threads, and its system calls on simulated userfaultfds. What a
+// planted bug loses is lost here.
+#pragma once
+
+#include <uffdkit/system_calls.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "simulate/manager_world.h"
+#include "simulate/random.h"
+#include "simulate/real_descriptors.h"
+#include "simulate/seeded_threads.h"
+
+namespace uffdkit::simulate {
+
+class PlantedThreads final : public SeededThreads {
+ public:
+  PlantedThreads(std::uint64_t seed, ManagerBug bug) : SeededThreads(seed), bug_(bug), random_(seed) {}
+  void wake(const void* condition, bool all) override;
+  void set_timer(int timer, std::int64_t when_ns) override;
+  int wait(int epoll, epoll_event& event, int timeout_ms) override;
+  // Nothing is lost any more.
+  void mend() { bug_ = ManagerBug::none; }
+
+ private:
+  bool loses(ManagerBug bug) { return bug_ == bug && random_.one_in(8); }
+
+  ManagerBug bug_;
+  Random random_;
+};
+
+// Others may run before and after each call, and a copy may stop half-way.
+class YieldingCalls final : public SystemCalls {
+ public:
+  YieldingCalls(SeededThreads& threads, RealDescriptors& calls, std::uint64_t seed, ManagerBug bug)
+      : threads_(threads), calls_(calls), random_(seed), bug_(bug) {}
+  int userfaultfd(int flags) override { return calls_.userfaultfd(flags); }
+  int open(const char* path, int flags) override { return calls_.open(path, flags); }
+  int ioctl(int fd, unsigned long request, std::uintptr_t argument) override;
+  std::ptrdiff_t read(int fd, void* buffer, std::size_t bytes) override;
+  int poll_readable(int fd, int timeout_ms) override { return calls_.poll_readable(fd, timeout_ms); }
+  int get_flags(int fd) override { return calls_.get_flags(fd); }
+  int duplicate(int fd) override { return calls_.duplicate(fd); }
+  int close(int fd) override;
+
+ private:
+  SeededThreads& threads_;
+  RealDescriptors& calls_;
+  Random random_;
+  const ManagerBug bug_;
+};
+
+}  // namespace uffdkit::simulate
