@@ -4,6 +4,7 @@
 // of the machine: it changes what the memory must contain when the deed is done that others see.
 #pragma once
 
+#include <uffdkit/abi.h>
 #include <uffdkit/sim.h>
 #include <uffdkit/uffd.h>
 #include <uffdkit/units.h>
@@ -18,6 +19,10 @@
 #include "simulate/story.h"
 
 namespace uffdkit::simulate {
+
+// Of the changes of memory that a userfaultfd can tell of.
+inline constexpr std::uint64_t kAllEvents =
+    abi::kFeatureEventRemove | abi::kFeatureEventUnmap | abi::kFeatureEventRemap | abi::kFeatureEventFork;
 
 // What a thread of a client is about.
 struct Doing {

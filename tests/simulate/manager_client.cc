@@ -20,8 +20,6 @@ namespace uffdkit::simulate {
 namespace {
 
 constexpr std::uint64_t kRegionPages = 60;
-constexpr std::uint64_t kNativeFeatures =
-    abi::kFeatureEventRemove | abi::kFeatureEventUnmap | abi::kFeatureEventRemap | abi::kFeatureEventFork;
 
 UniqueFd duplicate(int fd) {
   return UniqueFd(linux_system_calls().duplicate(fd));
@@ -43,7 +41,7 @@ ManagerClient::ManagerClient(const Surroundings& around, sim::Process& simulated
 
 ManagerClient::ManagerClient(const Surroundings& around, sim::Process& simulated)
     : ManagerClient(around, simulated, around.story.one_in(2) ? Speaks::firecracker : Speaks::native) {
-  const std::uint64_t features = speaks_ == Speaks::native ? kNativeFeatures
+  const std::uint64_t features = speaks_ == Speaks::native ? kAllEvents
                                  : story_.one_in(2) ? abi::kFeatureEventRemove | abi::kFeatureEventUnmap
                                                     : abi::kFeatureEventRemove;
   uffd = Uffd::create({.required = Features(features)}, process.system_calls()).value();
