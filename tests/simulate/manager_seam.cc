@@ -2,6 +2,8 @@
 
 #include <uffdkit/abi.h>
 
+#include <algorithm>
+
 #include "simulate/cut_copy.h"
 #include "simulate/expected.h"
 
@@ -10,6 +12,7 @@ namespace {
 
 // One range of a successor's wakes has more pages, one of a fault's has not.
 constexpr std::uint64_t kWakePages = 32;
+constexpr int kLookAgainMs = 1000;
 
 }  // namespace
 
@@ -22,8 +25,19 @@ void PlantedThreads::set_timer(int timer, std::int64_t when_ns) {
 }
 
 int PlantedThreads::wait(int epoll, epoll_event& event, int timeout_ms) {
-  const int events = SeededThreads::wait(epoll, event, timeout_ms);
-  return events == 1 && loses(ManagerBug::lost_event) ? 0 : events;
+  if (!loses_events_) return SeededThreads::wait(epoll, event, timeout_ms);
+  const auto lost = std::ranges::find(lost_, epoll, &Lost::epoll);
+  if (bug_ == ManagerBug::none && lost != lost_.end()) {
+    event = lost->event;
+    lost_.erase(lost);
+    return 1;
+  }
+  // Not for ever, so that it is seen when all is mended.
+  const int most_ms = timeout_ms < 0 ? kLookAgainMs : std::min(timeout_ms, kLookAgainMs);
+  const int events = SeededThreads::wait(epoll, event, most_ms);
+  if (events != 1 || !loses(ManagerBug::lost_event)) return events;
+  lost_.push_back({.epoll = epoll, .event = event});
+  return 0;
 }
 
 int YieldingCalls::ioctl(int fd, unsigned long request, std::uintptr_t argument) {

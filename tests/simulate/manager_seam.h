@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "simulate/manager_world.h"
 #include "simulate/random.h"
@@ -20,13 +21,21 @@ class PlantedThreads final : public SeededThreads {
   void wake(const void* condition, bool all) override;
   void set_timer(int timer, std::int64_t when_ns) override;
   int wait(int epoll, epoll_event& event, int timeout_ms) override;
-  // Nothing is lost any more.
+  // Nothing is lost any more, and events that were are told of: the descriptors that they are of are not
+  // armed before.
   void mend() { bug_ = ManagerBug::none; }
 
  private:
   bool loses(ManagerBug bug) { return bug_ == bug && random_.one_in(8); }
 
+  struct Lost {
+    int epoll;
+    epoll_event event;
+  };
+
   ManagerBug bug_;
+  const bool loses_events_ = bug_ == ManagerBug::lost_event;
+  std::vector<Lost> lost_;
   Random random_;
 };
 
