@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <seccomp.h>
 #include <sys/mman.h>
 #include <uffdkit/unique_fd.h>
 #include <unistd.h>
@@ -10,10 +11,13 @@
 #include <cerrno>
 #include <map>
 #include <memory>
+#include <set>
 #include <span>
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "support/child.h"
 
 namespace uffdkit {
 namespace {
@@ -95,6 +99,38 @@ TEST_F(ReadRingsTest, ThereAreSomeForOneAtATimeEach) {
   rings_->give_back(*taken.front());
   EXPECT_EQ(rings_->take(), taken.front());
   for (BatchReader* reader : taken) rings_->give_back(*reader);
+}
+
+// From now on this process's rings are told that there is no memory for what they are to begin.
+bool have_no_memory_for_rings() {
+  const scmp_filter_ctx filter = ::seccomp_init(SCMP_ACT_ALLOW);
+  const bool refused = filter != nullptr &&
+                       ::seccomp_rule_add(filter, SCMP_ACT_ERRNO(ENOMEM), SCMP_SYS(io_uring_enter), 0) == 0 &&
+                       ::seccomp_load(filter) == 0;
+  ::seccomp_release(filter);
+  return refused;
+}
+
+TEST_F(ReadRingsTest, OneThatTheKernelHasNoMemoryForTellsThatOfEachReadAndIsUsedNoMore) {
+  // Rings are their maker's alone, and a filter stays for good.
+  test::Child process([&](const test::Channel&) {
+    const std::shared_ptr<ReadRings> rings = ReadRings::create().value();
+    if (!have_no_memory_for_rings()) return 1;
+    for (unsigned left = ReadRings::kRings; left > 0; --left) {
+      if (!rings->has_any()) return 2;
+      const BorrowedReader reader(rings.get());
+      if (!reader) return 3;
+      std::vector<std::byte> bytes(3 * kPage);
+      for (std::uint64_t tag = 0; tag < 3; ++tag)
+        reader->begin(part(tag), std::span(bytes).subspan(tag * kPage, kPage), tag);
+      std::set<std::uint64_t> failed;
+      while (failed.size() < 3)
+        for (const BatchReader::Done& done : reader->wait())
+          if (done.result != -ENOMEM || !failed.insert(done.tag).second) return 4;
+    }
+    return rings->has_any() || rings->take() != nullptr ? 5 : 0;
+  });
+  EXPECT_EQ(process.wait(), 0);
 }
 
 TEST_F(ReadRingsTest, ThreadsThatTakeThemInTurnsReadTheirOwnBytes) {
