@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "image/stored_set.h"
+#include "support/arguments.h"
 #include "support/child.h"
 
 namespace uffdkit::bench {
@@ -62,24 +63,20 @@ UniqueFd make(const std::string& path) {
   return file;
 }
 
-// Runs a command; seconds that it took.
-double run(std::vector<std::string> arguments) {
+}  // namespace
+
+double run_command(const std::vector<std::string>& arguments) {
+  const std::vector<char*> argv = test::exec_pointers(arguments);
   const auto start = std::chrono::steady_clock::now();
   test::Child command([&](const test::Channel&) {
-    std::vector<char*> pointers;
-    for (const std::string& argument : arguments) pointers.push_back(const_cast<char*>(argument.c_str()));
-    pointers.push_back(nullptr);
     const UniqueFd null(::open("/dev/null", O_WRONLY | O_CLOEXEC));
     ::dup2(null.get(), STDOUT_FILENO);
-    ::execv(pointers[0], pointers.data());
+    ::execvp(argv[0], argv.data());
     return 127;
   });
-  if (command.wait() != 0)
-    throw std::runtime_error(fmt::format("{} {} {} failed", arguments[0], arguments[1], arguments[2]));
+  if (command.wait() != 0) throw std::runtime_error(fmt::format("{} failed", fmt::join(arguments, " ")));
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
-
-}  // namespace
 
 void write_image(const std::string& path, std::uint64_t pages) {
   const UniqueFd file = make(path);
@@ -140,11 +137,11 @@ double create_image(const std::string& uffdkit, const std::string& from, const s
                     const std::vector<std::string>& options) {
   std::vector<std::string> arguments = {uffdkit, "image", "create", "--json", "--raw", from, to};
   arguments.insert(arguments.end(), options.begin(), options.end());
-  return run(std::move(arguments));
+  return run_command(arguments);
 }
 
 std::string store_working_set(const std::string& uffdkit, const std::string& image) {
-  run({uffdkit, "image", "store-set", image});
+  run_command({uffdkit, "image", "store-set", image});
   return image + image::kStoredSetSuffix;
 }
 

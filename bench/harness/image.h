@@ -26,6 +26,9 @@ void write_program_image(const std::string& path, std::uint64_t pages);
 // Takes the file out of the page cache, as far as the kernel lets it.
 void drop_from_page_cache(const std::string& path);
 
+// Runs a program, found as a shell finds it, to its end, and forgets what it prints; seconds that it took.
+// Throws if it fails.
+double run_command(const std::vector<std::string>& arguments);
 // Has `uffdkit image create` make the image `to` of the raw file `from`; seconds that it took.
 double create_image(const std::string& uffdkit, const std::string& from, const std::string& to,
                     const std::vector<std::string>& options);

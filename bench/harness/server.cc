@@ -19,6 +19,7 @@
 #include <system_error>
 #include <thread>
 
+#include "support/arguments.h"
 #include "wire/unix_socket.h"
 
 namespace uffdkit::bench {
@@ -59,10 +60,8 @@ int serve_raw(raw_way way, const std::string& image, const test::Channel& client
 [[noreturn]] void run_uffdkit(const std::vector<std::string>& arguments, int output, int log) {
   ::dup2(output, STDOUT_FILENO);
   ::dup2(log, STDERR_FILENO);
-  std::vector<char*> pointers;
-  for (const std::string& argument : arguments) pointers.push_back(const_cast<char*>(argument.c_str()));
-  pointers.push_back(nullptr);
-  ::execv(pointers[0], pointers.data());
+  const std::vector<char*> argv = test::exec_pointers(arguments);
+  ::execv(argv[0], argv.data());
   ::_exit(127);
 }
 

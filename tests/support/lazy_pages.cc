@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <system_error>
 
+#include "support/arguments.h"
 #include "support/paths.h"
 #include "support/sanitizers.h"
 
@@ -43,9 +44,7 @@ LazyPages::LazyPages(std::vector<std::string> command, std::string log) : log_(s
   const UniqueFd read_end(status[0]);
   UniqueFd write_end(status[1]);
   command.insert(command.end(), {"--status-fd", std::to_string(write_end.get())});
-  std::vector<char*> argv;
-  for (const std::string& argument : command) argv.push_back(const_cast<char*>(argument.c_str()));
-  argv.push_back(nullptr);
+  const std::vector<char*> argv = exec_pointers(command);
   const UniqueFd log_file(open(log_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600));
   if (!log_file) fail(log_.c_str());
   const pid_t parent = getpid();

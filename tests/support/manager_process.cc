@@ -18,6 +18,7 @@
 #include <system_error>
 #include <thread>
 
+#include "support/arguments.h"
 #include "support/sanitizers.h"
 #include "wire/unix_socket.h"
 
@@ -28,13 +29,6 @@ constexpr std::chrono::seconds kPatience{30};
 
 [[noreturn]] void fail(const std::string& what) {
   throw std::system_error(errno, std::generic_category(), what);
-}
-
-std::vector<char*> pointers(const std::vector<std::string>& texts) {
-  std::vector<char*> list;
-  for (const std::string& text : texts) list.push_back(const_cast<char*>(text.c_str()));
-  list.push_back(nullptr);
-  return list;
 }
 
 // Up to and without the end of the line; what there is if the peer ends before.
@@ -106,8 +100,8 @@ ManagerProcess::ManagerProcess(const TempDir& directory, const std::vector<std::
   if (kSanitized) words.emplace_back("--no-sandbox");
   std::vector<std::string> environment = setting.environment;
   for (char** entry = environ; *entry != nullptr; ++entry) environment.emplace_back(*entry);
-  const std::vector<char*> argv = pointers(words);
-  const std::vector<char*> envp = pointers(environment);
+  const std::vector<char*> argv = exec_pointers(words);
+  const std::vector<char*> envp = exec_pointers(environment);
 
   int ends[2];
   if (pipe2(ends, O_CLOEXEC) != 0) fail("pipe2");

@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <system_error>
 
+#include "support/arguments.h"
 #include "support/paths.h"
 
 namespace uffdkit::test {
@@ -35,9 +36,9 @@ Finished run_program(const std::string& program, const std::vector<std::string>&
   const UniqueFd out(memfd_create("stdout", MFD_CLOEXEC));
   const UniqueFd err(memfd_create("stderr", MFD_CLOEXEC));
   if (!binary || !out || !err) fail(path);
-  std::vector<char*> argv = {const_cast<char*>(path.c_str())};
-  for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
-  argv.push_back(nullptr);
+  std::vector<std::string> words = {path};
+  words.insert(words.end(), arguments.begin(), arguments.end());
+  const std::vector<char*> argv = exec_pointers(words);
 
   const pid_t pid = fork();
   if (pid < 0) fail("fork");
