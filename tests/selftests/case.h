@@ -14,13 +14,14 @@
 #include <utility>
 
 #include "selftests/machine.h"
+#include "support/forwarding_calls.h"
 
 namespace uffdkit::selftests {
 
 // A machine's system calls with one way of creating a userfaultfd taken away, so that the other is used.
-class OneWay final : public SystemCalls {
+class OneWay final : public test::ForwardingCalls {
  public:
-  OneWay(CreateWay way, SystemCalls& calls) : way_(way), calls_(calls) {}
+  OneWay(CreateWay way, SystemCalls& calls) : ForwardingCalls(calls), way_(way) {}
 
   CreateWay way() const { return way_; }
   // The out field of the last COPY, ZEROPAGE, MOVE, CONTINUE or POISON: an Outcome does not keep it.
@@ -29,17 +30,9 @@ class OneWay final : public SystemCalls {
   int userfaultfd(int flags) override;
   int open(const char* path, int flags) override;
   int ioctl(int fd, unsigned long request, std::uintptr_t argument) override;
-  std::ptrdiff_t read(int fd, void* buffer, std::size_t bytes) override {
-    return calls_.read(fd, buffer, bytes);
-  }
-  int poll_readable(int fd, int timeout_ms) override { return calls_.poll_readable(fd, timeout_ms); }
-  int get_flags(int fd) override { return calls_.get_flags(fd); }
-  int duplicate(int fd) override { return calls_.duplicate(fd); }
-  int close(int fd) override { return calls_.close(fd); }
 
  private:
   CreateWay way_;
-  SystemCalls& calls_;
   std::atomic<std::int64_t> last_out_field_{0};  // cases of several threads ask for none
 };
 

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "selftests/machine.h"
+#include "support/forwarding_calls.h"
 
 namespace uffdkit::selftests {
 namespace {
@@ -180,23 +181,14 @@ class ModelThread final : public Thread {
 };
 
 // The seam of the simulated process: others run before a call and while one waits.
-class TurningCalls final : public SystemCalls {
+class TurningCalls final : public test::ForwardingCalls {
  public:
-  TurningCalls(Model& model, SystemCalls& calls) : model_(model), calls_(calls) {}
-  int userfaultfd(int flags) override { return calls_.userfaultfd(flags); }
-  int open(const char* path, int flags) override { return calls_.open(path, flags); }
+  TurningCalls(Model& model, SystemCalls& calls) : ForwardingCalls(calls), model_(model) {}
   int ioctl(int fd, unsigned long request, std::uintptr_t argument) override;
-  std::ptrdiff_t read(int fd, void* buffer, std::size_t bytes) override {
-    return calls_.read(fd, buffer, bytes);
-  }
   int poll_readable(int fd, int timeout_ms) override;
-  int get_flags(int fd) override { return calls_.get_flags(fd); }
-  int duplicate(int fd) override { return calls_.duplicate(fd); }
-  int close(int fd) override { return calls_.close(fd); }
 
  private:
   Model& model_;
-  SystemCalls& calls_;
 };
 
 class ModelWork final : public Work {

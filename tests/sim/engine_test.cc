@@ -15,6 +15,7 @@
 #include "engine/session.h"
 #include "sim/world.h"
 #include "simulate/world.h"
+#include "support/forwarding_calls.h"
 
 namespace uffdkit::simulate {
 namespace {
@@ -54,27 +55,15 @@ class Host final : public SessionHost {
 };
 
 // A client's threads do something at the instant before a range is unregistered.
-class HookedCalls final : public SystemCalls {
+class HookedCalls final : public uffdkit::test::ForwardingCalls {
  public:
-  explicit HookedCalls(SystemCalls& calls) : calls_(calls) {}
-  int userfaultfd(int flags) override { return calls_.userfaultfd(flags); }
-  int open(const char* path, int flags) override { return calls_.open(path, flags); }
+  explicit HookedCalls(SystemCalls& calls) : ForwardingCalls(calls) {}
   int ioctl(int fd, unsigned long request, std::uintptr_t argument) override {
     if (request == abi::kIoctlUnregister && before_unregister) std::exchange(before_unregister, nullptr)();
     return calls_.ioctl(fd, request, argument);
   }
-  std::ptrdiff_t read(int fd, void* buffer, std::size_t bytes) override {
-    return calls_.read(fd, buffer, bytes);
-  }
-  int poll_readable(int fd, int timeout_ms) override { return calls_.poll_readable(fd, timeout_ms); }
-  int get_flags(int fd) override { return calls_.get_flags(fd); }
-  int duplicate(int fd) override { return calls_.duplicate(fd); }
-  int close(int fd) override { return calls_.close(fd); }
 
   std::function<void()> before_unregister;
-
- private:
-  SystemCalls& calls_;
 };
 
 // One process whose file memory shows the store, with a session that is stepped while a thread waits.

@@ -22,6 +22,7 @@
 #include "simulate/real_descriptors.h"
 #include "support/child.h"
 #include "support/client.h"
+#include "support/forwarding_calls.h"
 #include "support/native_connection.h"
 #include "support/temp_dir.h"
 
@@ -53,11 +54,9 @@ void write_image(const std::string& path) {
 // A bug between the manager and the model, to see that it is found.
 enum class Bug : std::uint8_t { none, wrong_byte, lost_faults };
 
-class BuggyCalls final : public SystemCalls {
+class BuggyCalls final : public uffdkit::test::ForwardingCalls {
  public:
-  BuggyCalls(SystemCalls& calls, Bug bug) : calls_(calls), bug_(bug) {}
-  int userfaultfd(int flags) override { return calls_.userfaultfd(flags); }
-  int open(const char* path, int flags) override { return calls_.open(path, flags); }
+  BuggyCalls(SystemCalls& calls, Bug bug) : ForwardingCalls(calls), bug_(bug) {}
   int ioctl(int fd, unsigned long request, std::uintptr_t argument) override {
     if (bug_ == Bug::wrong_byte && request == abi::kIoctlCopy) {
       const auto& args = *reinterpret_cast<const abi::CopyArgs*>(argument);
@@ -79,13 +78,8 @@ class BuggyCalls final : public SystemCalls {
     int none = -1;
     return loses_of_.compare_exchange_strong(none, fd) || none == fd ? -EAGAIN : got;
   }
-  int poll_readable(int fd, int timeout_ms) override { return calls_.poll_readable(fd, timeout_ms); }
-  int get_flags(int fd) override { return calls_.get_flags(fd); }
-  int duplicate(int fd) override { return calls_.duplicate(fd); }
-  int close(int fd) override { return calls_.close(fd); }
 
  private:
-  SystemCalls& calls_;
   const Bug bug_;
   std::atomic<int> loses_of_ = -1;
 };

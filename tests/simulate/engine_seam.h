@@ -24,6 +24,7 @@
 #include "simulate/expected.h"
 #include "simulate/story.h"
 #include "simulate/world.h"
+#include "support/forwarding_calls.h"
 
 namespace uffdkit::simulate {
 
@@ -73,7 +74,7 @@ class ClonedImage {
 // Thrown out of a system call: the manager is killed there.
 struct Killed {};
 
-class ManagerCalls final : public SystemCalls {
+class ManagerCalls final : public test::ForwardingCalls {
  public:
   // What happens beside the manager.
   struct Meanwhile {
@@ -82,14 +83,9 @@ class ManagerCalls final : public SystemCalls {
   };
 
   ManagerCalls(Story& story, Bug bug, sim::Process& manager, Meanwhile meanwhile)
-      : story_(story), bug_(bug), calls_(manager.system_calls()), meanwhile_(std::move(meanwhile)) {}
-  int userfaultfd(int flags) override { return calls_.userfaultfd(flags); }
-  int open(const char* path, int flags) override { return calls_.open(path, flags); }
+      : ForwardingCalls(manager.system_calls()), story_(story), bug_(bug), meanwhile_(std::move(meanwhile)) {}
   int ioctl(int fd, unsigned long request, std::uintptr_t argument) override;
   std::ptrdiff_t read(int fd, void* buffer, std::size_t bytes) override;
-  int poll_readable(int fd, int timeout_ms) override { return calls_.poll_readable(fd, timeout_ms); }
-  int get_flags(int fd) override { return calls_.get_flags(fd); }
-  int duplicate(int fd) override { return calls_.duplicate(fd); }
   int close(int fd) override;
   // Whether a read would bring something, also what a planted bug holds back.
   bool has_messages(int fd) const { return held_.contains(fd) || calls_.poll_readable(fd, 0) != 0; }
@@ -97,7 +93,6 @@ class ManagerCalls final : public SystemCalls {
  private:
   Story& story_;
   const Bug bug_;
-  SystemCalls& calls_;
   const Meanwhile meanwhile_;
   bool was_present_ = false;
   std::map<int, std::vector<abi::Msg>> held_;

@@ -12,6 +12,7 @@
 #include "simulate/random.h"
 #include "simulate/real_descriptors.h"
 #include "simulate/seeded_threads.h"
+#include "support/forwarding_calls.h"
 
 namespace uffdkit::simulate {
 
@@ -40,22 +41,16 @@ class PlantedThreads final : public SeededThreads {
 };
 
 // Others may run before and after each call, and a copy may stop half-way.
-class YieldingCalls final : public SystemCalls {
+class YieldingCalls final : public test::ForwardingCalls {
  public:
   YieldingCalls(SeededThreads& threads, RealDescriptors& calls, std::uint64_t seed, ManagerBug bug)
-      : threads_(threads), calls_(calls), random_(seed), bug_(bug) {}
-  int userfaultfd(int flags) override { return calls_.userfaultfd(flags); }
-  int open(const char* path, int flags) override { return calls_.open(path, flags); }
+      : ForwardingCalls(calls), threads_(threads), random_(seed), bug_(bug) {}
   int ioctl(int fd, unsigned long request, std::uintptr_t argument) override;
   std::ptrdiff_t read(int fd, void* buffer, std::size_t bytes) override;
-  int poll_readable(int fd, int timeout_ms) override { return calls_.poll_readable(fd, timeout_ms); }
-  int get_flags(int fd) override { return calls_.get_flags(fd); }
-  int duplicate(int fd) override { return calls_.duplicate(fd); }
   int close(int fd) override;
 
  private:
   SeededThreads& threads_;
-  RealDescriptors& calls_;
   Random random_;
   const ManagerBug bug_;
 };
