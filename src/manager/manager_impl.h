@@ -214,6 +214,9 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   void cannot_take_up(const Records::Session& session, const std::shared_ptr<StoreLane>& lane,
                       const std::shared_ptr<SharedImage>& memory);
   void take_up_again(SessionId id);
+  // Whether its parent, which is not taken up yet, has still to say that it has forked. Were the child to end
+  // before, its descriptor's number could be another's by then.
+  bool is_in_inbox_of_parent(const Records::Session& session) const;
   // Whether its client has handed it over again.
   bool has_come_back(const Records::Session& session) const;
   // It is another's, or nobody's: its descriptors are closed.

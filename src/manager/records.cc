@@ -441,6 +441,11 @@ std::vector<Records::Session> Records::sessions() const {
   // number.
   const std::uint64_t share = (shared_->workers * 0x9e37'79b9u) & 0xffff'ffffu;
   std::ranges::rotate(all, all.begin() + static_cast<std::ptrdiff_t>(share * all.size() >> 32));
+  std::set<SessionId> parents;
+  for (const Session& session : all) parents.insert(session.parent);
+  std::ranges::stable_partition(all, [&](const Session& session) {
+    return parents.contains(session.id) && !SessionState::forks_in_inbox(session.state_file).empty();
+  });
   return all;
 }
 

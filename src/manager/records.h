@@ -149,7 +149,8 @@ class Records {
   // clients that may have sent a handshake.
   std::vector<UniqueFd> sweep();
   // Each worker's list begins elsewhere, so that where workers die before they have taken up all, everyone
-  // has a turn soon.
+  // has a turn soon. But whose fork is not applied comes before its child: were that to end before, its
+  // descriptor's number could be another's by the time that the inbox names it.
   std::vector<Session> sessions() const;
   std::vector<Listener> listeners() const;
   Image image(std::size_t index) const;

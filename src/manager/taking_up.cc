@@ -99,6 +99,8 @@ Result<void> Manager::Impl::take_up(const Records::Session& session, Inherited& 
 Result<void> Manager::Impl::take_up(const Records::Session& session, const std::shared_ptr<StoreLane>& lane,
                                     const std::shared_ptr<SharedImage>& memory) {
   Records& records = *options_.records;
+  if (is_in_inbox_of_parent(session))
+    return Failure(Error("its parent, whose fork is not applied, is not taken up yet", EAGAIN));
   // By a copy, which is closed if it is refused.
   UniqueFd copy(::fcntl(session.uffd, F_DUPFD_CLOEXEC, 0));
   if (!copy) return Failure(Error::from_errno("duplicate a userfaultfd", errno));
@@ -142,6 +144,13 @@ Result<void> Manager::Impl::take_up(const Records::Session& session, const std::
   // A native client comes back by itself; its connection went with the worker.
   if (info.keeps_descriptor) loop_->after(kResumeMs, [this, own = *id] { leave(own); });
   return {};
+}
+
+bool Manager::Impl::is_in_inbox_of_parent(const Records::Session& session) const {
+  const auto parent = not_taken_up_.find(session.parent);
+  if (parent == not_taken_up_.end()) return false;
+  const std::vector<int> forks = SessionState::forks_in_inbox(parent->second.session.state_file);
+  return std::ranges::find(forks, session.uffd) != forks.end();
 }
 
 bool Manager::Impl::has_come_back(const Records::Session& session) const {

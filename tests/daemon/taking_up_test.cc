@@ -6,8 +6,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <filesystem>
 #include <fstream>
+#include <thread>
 
 #include "daemon/fixture.h"
 #include "manager/manager.h"
@@ -164,6 +166,49 @@ void take_up_without_state(SessionKind kind) {
 
 TEST_P(Recorded, SessionThatCannotBeTakenUpNowStaysOpenUnlessItsClientCanHandItOverAgain) {
   Child worker = program([](const Channel&) { take_up_without_state(GetParam()); });
+  EXPECT_EQ(worker.wait(), 0);
+}
+
+// Takes up a parent whose state cannot be read now, and whose inbox has the fork of a child that is gone.
+void take_up_child_of_one_that_cannot() {
+  const std::unique_ptr<Records> records = take(Records::create());
+  const Uffd uffd = take(Uffd::create({.kernel_faults = false}));
+  Child gone = program([](const Channel& channel) {
+    channel.send_fd(0, take(Uffd::create({.kernel_faults = false})).fd());
+    ::_exit(0);
+  });
+  std::uint64_t ignored = 0;
+  const UniqueFd of_child = gone.channel().receive_fd(ignored);
+  require(gone.wait() == 0, "the child");
+  const UniqueFd file(::memfd_create("image", MFD_CLOEXEC));
+  require(::ftruncate(file.get(), 4096) == 0, "ftruncate");
+  const std::shared_ptr<StoreLane> lane = take(StoreLane::create(
+      take(open_file_store(file.get(), "image")), {}, UniqueFd(::fcntl(file.get(), F_DUPFD_CLOEXEC, 0))));
+  SessionState state = take(SessionState::create("image"));
+  state.empty_inbox()[0] = {.event = abi::kEventFork,
+                            .reserved = {},
+                            .arg = {.fork = {.ufd = static_cast<std::uint32_t>(of_child.get())}}};
+  require(::pwrite(state.fd(), "?", 1, 0) == 1, "break it");
+  (void)take(records->add({.id = 1,
+                           .kind = SessionKind::firecracker,
+                           .uffd = uffd.fd(),
+                           .state_file = state.fd(),
+                           .acknowledged = true},
+                          lane, nullptr));
+  const SessionState of_child_state = take(SessionState::create("image"));
+  (void)take(records->add_fork(1, 2, of_child.get(), of_child_state.fd()));
+  records->shared().is_ready = 1;
+  const std::unique_ptr<Manager> manager = take(Manager::create({.records = records.get()}));
+  succeed(manager->take_up());
+  // One that is run is found to be gone after a second, and ends.
+  std::this_thread::sleep_for(std::chrono::milliseconds(1500));
+  require(records->sessions().size() == 2, "the child's record");
+  require(::fcntl(of_child.get(), F_GETFD) >= 0, "the child's userfaultfd");
+  ::_exit(0);
+}
+
+TEST(TakenUp, AChildIsNotRunWhileTheInboxOfItsParentNamesIt) {
+  Child worker = program([](const Channel&) { take_up_child_of_one_that_cannot(); });
   EXPECT_EQ(worker.wait(), 0);
 }
 

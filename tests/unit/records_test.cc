@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "engine/session_state.h"
 #include "support/cut_stores.h"
 
 namespace uffdkit {
@@ -101,6 +102,29 @@ TEST_F(RecordsTest, EachSessionIsAmongTheFirstThatSomeWorkerTakesUp) {
     for (std::size_t i = 0; i < kTakenUp; ++i) had_turn.insert(found[i].id);
   }
   EXPECT_EQ(had_turn.size(), kSessions);
+}
+
+// A child that ended before would leave the number of its descriptor to somebody else.
+TEST_F(RecordsTest, WhoseForkIsNotAppliedIsTakenUpBeforeItsChild) {
+  SessionState state = SessionState::create("image").value();
+  state.empty_inbox()[0] = {.event = abi::kEventFork, .reserved = {}, .arg = {.fork = {.ufd = 77}}};
+  constexpr SessionId kParent = 5;
+  ASSERT_TRUE(records_->add(session(1), lane_, nullptr));
+  for (SessionId other = 2; other < kParent; ++other)
+    ASSERT_TRUE(records_->add(session(other), lane_, nullptr));
+  Records::Session parent = session(kParent);
+  parent.state_file = state.fd();
+  ASSERT_TRUE(records_->add(parent, lane_, nullptr));
+  // The child gets a place before its parent's.
+  records_->remove(1);
+  ASSERT_TRUE(records_->add_fork(kParent, 6, some_.get(), some_.get()));
+  for (std::uint64_t worker = 0; worker < 20; ++worker) {
+    records_->shared().workers = worker;
+    const std::vector<Records::Session> found = next_worker()->sessions();
+    const auto place = [&](SessionId id) { return std::ranges::find(found, id, &Records::Session::id); };
+    ASSERT_LT(place(kParent), place(6)) << worker;
+    ASSERT_NE(place(6), found.end());
+  }
 }
 
 // The records as they are now, in a file of their own: what would be found if their writer were cut off here.
