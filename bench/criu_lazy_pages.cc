@@ -16,6 +16,7 @@
 #include "support/criu_restorer.h"
 #include "support/lazy_pages.h"
 #include "support/paths.h"
+#include "support/sanitizers.h"
 
 namespace uffdkit::bench {
 namespace {
@@ -92,6 +93,8 @@ void measure(const Options& options, const Settings& settings, Report& report) {
     std::vector<Contender> all = {
         {.name = "plain", .command = {test::built("plain_lazy_pages"), "-D", options.directory}},
         {.name = "uffdkit", .command = {options.uffdkit, "criu", "lazy-pages", "-D", options.directory}}};
+    // A sanitizer's look for leaks is no system call that serving needs.
+    if (test::kSanitized) all[1].command.emplace_back("--no-sandbox");
     for (unsigned round = 0; round < options.rounds_or(5); ++round) {
       restore_plain(options.directory, task, all[0], report);
       restore(options.directory, task, all[1]);

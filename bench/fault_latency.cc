@@ -190,7 +190,6 @@ void measure_threads(const Options& options, const std::string& image, std::uint
 
 void measure(const Options& options, const Settings& settings, Report& report) {
   const unsigned rounds = options.rounds_or(60);
-  // The first touch is the attaching's.
   const unsigned rounds_of_threads = std::max(1u, rounds / 4);
   const std::uint64_t pages = 1 + std::max((std::uint64_t{rounds} * kTouchesPerTurn + 1) * kPagesPerTouch,
                                            std::uint64_t{rounds_of_threads} * kTouchesPerThread *

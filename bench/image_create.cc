@@ -2,8 +2,10 @@
 // again? Beside the zstd command, at the same level.
 #include <fmt/format.h>
 
+#include <cstdint>
 #include <filesystem>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "harness/bench.h"
@@ -63,9 +65,9 @@ void measure(const Options& options, const Settings& settings, Report& report) {
                fmt::format("{} MiB of program files as memory, in page cache, {} rounds.", mib, rounds),
                {{"who", "who"},
                 {"create_mib_per_second", "create MiB/s", 0},
-                {"create_speed", "speed / one thread", 2},
+                {"create_speed", "speed / ours by one", 2},
                 {"extract_mib_per_second", "extract MiB/s", 0},
-                {"extract_speed", "speed / one thread", 2},
+                {"extract_speed", "speed / ours by one", 2},
                 {"ratio", "memory / file", 2}});
   const auto size = static_cast<double>(mib);
   for (const Contender& contender : all)

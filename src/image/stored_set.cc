@@ -19,12 +19,19 @@ Result<ReadStatus> StoredSet::read(StoreOffset from, std::span<std::byte> to, Wa
   if (is_damaged_.load(std::memory_order_relaxed)) return alone_->read(from, to, wait);
   Result<ReadStatus> read = by_file_->read(from, to, wait);
   if (read) return read;
-  Result<ReadStatus> without = alone_->read(from, to, wait);
-  // Where the image cannot be read either, it may be the image's fault.
-  if (!without || *without != ReadStatus::done || is_damaged_.exchange(true)) return without;
+  const Result<ReadStatus> without = alone_->read(from, to, wait);
+  if (!without || *without != ReadStatus::done) return without;
+  // An error that has gone was not the file's, or not for long.
+  read = by_file_->read(from, to, wait);
+  if (read && *read == ReadStatus::done) return read;
+  if (!read) give_up(std::move(read).error());
+  return alone_->read(from, to, wait);
+}
+
+void StoredSet::give_up(Error error) {
+  if (is_damaged_.exchange(true)) return;
   const std::lock_guard lock(mutex_);
-  problem_ = std::move(read).error();
-  return without;
+  problem_ = std::move(error);
 }
 
 }  // namespace uffdkit::image

@@ -13,6 +13,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 
 #include "store/read_ahead.h"
@@ -41,6 +42,7 @@ class StoredSet final : public Store, public ReadAhead {
   bool is_only_copied() const noexcept override { return ahead().is_only_copied(); }
 
  private:
+  void give_up(Error error);
   ReadAhead& ahead() const {
     return is_damaged_.load(std::memory_order_relaxed) ? alone_ahead_ : file_ahead_;
   }

@@ -14,6 +14,11 @@
 #include "image/output_file.h"
 
 namespace uffdkit {
+namespace {
+
+constexpr const char* kStoredNotUsed = "stored working set not used";
+
+}  // namespace
 
 Result<std::shared_ptr<ImageWorkingSet>> ImageWorkingSet::open(int file, const image::OpenImage& image,
                                                                const std::string& name, Result<void> stored) {
@@ -24,9 +29,9 @@ Result<std::shared_ptr<ImageWorkingSet>> ImageWorkingSet::open(int file, const i
   std::optional<image::Identity> identity;
   if (!image.is_raw()) identity = image.layers.front()->record().identity;
   std::shared_ptr<ImageWorkingSet> own(new ImageWorkingSet(path.string() + image::kWorkingSetSuffix, identity,
-                                                           image.store->size().value / image::kPageBytes));
-  own->stored_set_ = image.stored_set;
-  if (!stored) own->problems_.push_back(std::move(stored).error());
+                                                           image.store->size().value / image::kPageBytes,
+                                                           image.stored_set));
+  if (!stored) own->problems_.push_back(std::move(stored).error().within(kStoredNotUsed));
   // Without a working set nobody needs to know what a raw image holds.
   struct stat there;
   if (::lstat(own->path_.c_str(), &there) != 0) return own;
@@ -36,7 +41,7 @@ Result<std::shared_ptr<ImageWorkingSet>> ImageWorkingSet::open(int file, const i
   else
     set = own->read(*known);
   if (!set) {
-    own->problems_.push_back(std::move(set).error());
+    own->problems_.push_back(std::move(set).error().within("working set not used"));
   } else if (const std::optional<image::WorkingSet>& recorded = *set; recorded) {
     own->use(*recorded, *image.store);
   }
@@ -44,8 +49,11 @@ Result<std::shared_ptr<ImageWorkingSet>> ImageWorkingSet::open(int file, const i
 }
 
 ImageWorkingSet::ImageWorkingSet(std::string path, std::optional<image::Identity> identity,
-                                 std::uint64_t memory_pages)
-    : path_(std::move(path)), identity_(identity), memory_pages_(memory_pages) {}
+                                 std::uint64_t memory_pages, std::shared_ptr<image::StoredSet> stored_set)
+    : path_(std::move(path)),
+      identity_(identity),
+      memory_pages_(memory_pages),
+      stored_set_(std::move(stored_set)) {}
 
 Result<image::Identity> ImageWorkingSet::identify(Store& store) {
   if (identity_) return *identity_;
@@ -61,11 +69,12 @@ std::shared_ptr<const PrefetchOrder> ImageWorkingSet::order() const {
 
 std::optional<Error> ImageWorkingSet::problem() {
   if (stored_set_)
-    if (std::optional<Error> found = stored_set_->problem()) return found;
+    if (std::optional<Error> found = stored_set_->problem())
+      return (*std::move(found)).within(kStoredNotUsed);
   const std::lock_guard lock(mutex_);
   if (problems_.empty()) return std::nullopt;
-  Error problem = std::move(problems_.back());
-  problems_.pop_back();
+  Error problem = std::move(problems_.front());
+  problems_.pop_front();
   return problem;
 }
 

@@ -9,6 +9,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -45,7 +46,8 @@ class ImageWorkingSet {
   void add_run(const image::WorkingSetRun& run);
 
  private:
-  ImageWorkingSet(std::string path, std::optional<image::Identity> identity, std::uint64_t memory_pages);
+  ImageWorkingSet(std::string path, std::optional<image::Identity> identity, std::uint64_t memory_pages,
+                  std::shared_ptr<image::StoredSet> stored_set);
   Result<image::Identity> identify(Store& store);
   // The file, if there is one of this image, whose identity is known.
   Result<std::optional<image::WorkingSet>> read(const image::Identity& identity) const;
@@ -54,13 +56,12 @@ class ImageWorkingSet {
   const std::string path_;
   std::optional<image::Identity> identity_;  // of a raw image found out when it is needed, under file_mutex_
   const std::uint64_t memory_pages_;
-  std::mutex file_mutex_;  // held while the file is read and written
-
-  std::shared_ptr<image::StoredSet> stored_set_;  // none where its pages lie in the image alone
+  const std::shared_ptr<image::StoredSet> stored_set_;  // none where its pages lie in the image alone
+  std::mutex file_mutex_;                               // held while the file is read and written
 
   mutable std::mutex mutex_;  // never held while something may block
   std::shared_ptr<const PrefetchOrder> order_;
-  std::vector<Error> problems_;
+  std::deque<Error> problems_;
 };
 
 }  // namespace uffdkit

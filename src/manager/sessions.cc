@@ -155,8 +155,7 @@ void Manager::Impl::use_working_set(Attachment& attachment, SessionInfo& info) {
   if (!info.working_set && options_.record)
     log_.write("not recorded: where the image lies, or what it holds, cannot be told");
   if (!info.working_set) return;
-  while (const std::optional<Error> problem = info.working_set->problem())
-    log_.write("working set not used: " + problem->text());
+  while (const std::optional<Error> problem = info.working_set->problem()) log_.write(problem->text());
   if (!options_.record) {
     attachment.prefetch = info.working_set->order();
     info.prefetches = attachment.prefetch != nullptr;

@@ -11,6 +11,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <system_error>
 #include <utility>
 
 #include "image/check_image.h"
@@ -110,7 +111,10 @@ std::optional<std::uint64_t> stored_set_bytes(image::ImageOpener& opener, image:
   if (!opened.stored_set) return std::nullopt;
   std::error_code error;
   const auto own = std::filesystem::canonical(path, error);
-  return std::filesystem::file_size(own.string() + image::kStoredSetSuffix, error);
+  const std::uint64_t bytes = std::filesystem::file_size(own.string() + image::kStoredSetSuffix, error);
+  // It was removed meanwhile.
+  if (error) return std::nullopt;
+  return bytes;
 }
 
 void print_working_set(const image::WorkingSet& set, std::optional<std::uint64_t> stored_bytes) {

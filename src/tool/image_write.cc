@@ -119,23 +119,35 @@ Result<image::Written> diff(const Options& options) {
 // What was recorded of the memory that `opened` shows: of this image, or of a raw file. Errors: nothing, or
 // of another.
 Result<image::WorkingSet> recorded_of(const image::OpenImage& opened, const std::string& path) {
-  Result<std::optional<image::WorkingSet>> read = image::read_working_set(path);
-  if (!read) return Failure(std::move(read).error());
-  if (!*read)
+  Result<std::optional<image::WorkingSet>> own = working_set_of(opened, path);
+  if (own && !*own)
     return Failure(Error::from_open("the working set " + path, ENOENT)
                        .with_remedy("record one: uffdkit serve --record"));
+  if (own) return **std::move(own);
+  Result<std::optional<image::WorkingSet>> read = image::read_working_set(path);
+  if (!read || !*read) return Failure(std::move(own).error());
+  const Result<image::Identity> of_raw = image::identity_of(*opened.store);
+  if (!of_raw) return Failure(of_raw.error());
   image::WorkingSet& set = **read;
-  const std::uint64_t pages = opened.store->size().value / image::kPageBytes;
-  const image::Identity& own = opened.layers.front()->record().identity;
-  if (auto recorded = image::check_recorded_of(set, own, pages, path); !recorded) {
-    const Result<image::Identity> of_raw = image::identity_of(*opened.store);
-    if (!of_raw || set.identity != *of_raw || set.memory_pages != pages)
-      return Failure(std::move(recorded).error());
-    set.identity = own;
-    // Those are of sessions of the raw file.
-    set.runs.clear();
-  }
+  if (!image::check_recorded_of(set, *of_raw, opened.store->size().value / image::kPageBytes, path))
+    return Failure(std::move(own).error());
+  set.identity = opened.layers.front()->record().identity;
+  // Those are of sessions of the raw file.
+  set.runs.clear();
   return std::move(set);
+}
+
+// Whether nothing is lost when `path` is replaced: it is not there, or was stored of the image with this file
+// name.
+bool may_be_replaced(const std::string& path, const std::string& image_name) {
+  std::error_code error;
+  const std::uint64_t bytes = std::filesystem::file_size(path, error);
+  if (error == std::errc::no_such_file_or_directory) return true;
+  const Result<std::shared_ptr<Store>> file = open_file_store(path);
+  if (error || !file) return false;
+  const auto cache = std::make_shared<image::FrameCache>(ByteCount(0));
+  const auto opened = image::ImageFile::open(**file, bytes, *file, cache);
+  return opened && (*opened)->record().is_diff && (*opened)->record().parent_name == image_name;
 }
 
 Result<void> write_working_set(const image::WorkingSet& set, image::OutputFile file) {
@@ -169,8 +181,8 @@ Result<image::Written> store_set(Options& options) {
   }
 
   options.output.path = own + image::kStoredSetSuffix;
-  // Whatever is there was made of these files, and can be made again.
-  options.output.force = true;
+  options.output.force = options.output.force ||
+                         may_be_replaced(options.output.path, std::filesystem::path(own).filename().string());
   const Result<image::Parent> parent = as_parent(*opened, own, options.output.path);
   if (!parent) return Failure(parent.error());
   std::vector<bool> kept(set->memory_pages);
@@ -265,8 +277,8 @@ void add_image_store_set(CLI::App& image, int& exit_code) {
   command->add_option("--working-set", options->working_set,
                       "SET: one that was recorded of a raw file with the same memory; it becomes IMAGE.ws");
   add_frame_options(*command, options->output);
-  command->add_flag("--force", options->output.force, "Replace IMAGE.ws by SET if it is there")
-      ->needs("--working-set");
+  command->add_flag("--force", options->output.force,
+                    "Replace IMAGE.ws.img also if it is something else, and IMAGE.ws by SET if it is there");
   command->callback(
       [options, &exit_code] { exit_code = report_written(store_set(*options), options->output); });
 }

@@ -134,6 +134,27 @@ TEST_F(WorkingSets, OneThatIsStoredForItselfIsBroughtFromThere) {
   EXPECT_EQ(run_program("uffdkit", {"image", "verify", image + ".ws.img"}).exit_code, 0);
 }
 
+TEST_F(WorkingSets, ASessionOfAnImageWhoseSetIsStoredForItselfIsTakenUp) {
+  const std::string image = compressed();
+  std::vector<std::size_t> pages;
+  for (std::size_t page = 0; page < kPages; page += 3) pages.push_back(page);
+  record(image, pages);
+  ASSERT_EQ(run_program("uffdkit", {"image", "store-set", image}).exit_code, 0);
+  ManagerProcess manager(directory_, {"--firecracker", socket_ + "=" + image});
+  Child process =
+      client(image_, whole(image_), socket_, [](const ClientMemory& memory, const Channel& channel) {
+        memory.check(900);
+        channel.send(1);
+        channel.receive();
+        memory.check_all(2, 1);
+      });
+  process.channel().receive();
+  ::kill(manager.worker_pid(), SIGKILL);
+  process.channel().send(1);
+  EXPECT_EQ(process.wait(), 0) << manager.log();
+  EXPECT_EQ(manager.stop(), 0);
+}
+
 TEST_F(WorkingSets, OneOfARawFileIsStoredForAnImageOfTheSameMemoryAndBecomesItsOwn) {
   const std::string image = compressed();
   record(image_.path(), {900, 3, 4, 77});
@@ -162,6 +183,20 @@ TEST_F(WorkingSets, NoneIsStoredThatIsNotTheImagesOwn) {
   record(image_.path(), {900, 3});
   std::ofstream(image + ".ws") << "somebody's";
   EXPECT_NE(refusal({"--working-set", file(), image}).find("--force"), std::string::npos);
+  EXPECT_EQ(
+      run_program("uffdkit", {"image", "store-set", "--force", "--working-set", file(), image}).exit_code, 0);
+  EXPECT_EQ(info(image).at("pages"), 2);
+}
+
+TEST_F(WorkingSets, WhatIsThereAndIsNoStoredSetIsReplacedOnlyIfThatIsWanted) {
+  const std::string image = compressed();
+  record(image, {900, 3});
+  std::filesystem::copy(image, image + ".ws.img");
+  const Finished refused = run_program("uffdkit", {"image", "store-set", image});
+  EXPECT_EQ(refused.exit_code, 1);
+  EXPECT_NE(refused.err.find("--force"), std::string::npos) << refused.err;
+  EXPECT_EQ(run_program("uffdkit", {"image", "store-set", "--force", image}).exit_code, 0);
+  EXPECT_EQ(run_program("uffdkit", {"image", "store-set", image}).exit_code, 0);
 }
 
 TEST_F(WorkingSets, OneThatIsStoredAndDamagedIsNamedAndTheImageServed) {

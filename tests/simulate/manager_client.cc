@@ -103,8 +103,7 @@ bool ManagerClient::is_in_use(AddressRange range) const {
   return std::ranges::any_of(workers, touches) || overlaps_any(dropping_, range);
 }
 
-// ---- being served
-// ---------------------------------------------------------------------------------------------
+// ---- being served -----------------------------------------------------------------------------------------
 
 void ManagerClient::connect() {
   if (stage_ != Stage::outside || !process.alive() || managers_.is_ending()) return;
@@ -206,8 +205,7 @@ std::string ManagerClient::waits_for() const {
   return "";
 }
 
-// ---- what it asks, and hears
-// ----------------------------------------------------------------------------------
+// ---- what it asks, and hears -----------------------------------------------------------------------------
 
 void ManagerClient::ask(native::Request request, Hear hear) {
   const native::OutgoingFrame frame = native::encode_request(++last_request_, std::move(request));

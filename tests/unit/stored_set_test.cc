@@ -10,6 +10,11 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "image/open_image.h"
 #include "image/write_image.h"
@@ -130,6 +135,67 @@ TEST_F(StoredSets, AnotherUsersIsLeftAloneAndNamed) {
   std::string said;
   EXPECT_EQ(open(&said).stored_set, nullptr);
   EXPECT_NE(said.find("another user's"), std::string::npos) << said;
+  // Of whoever reads it, and of the image's owner.
+  for (const uid_t owner : {0u, 1u}) {
+    ASSERT_EQ(::chown((path_ + kStoredSetSuffix).c_str(), owner, owner), 0);
+    EXPECT_NE(open().stored_set, nullptr) << owner;
+  }
+}
+
+// Whose every first, second ... read fails while `fails` says so.
+class FailingStore final : public Store, public ReadAhead {
+ public:
+  FailingStore(std::shared_ptr<Store> store, std::vector<bool> fails)
+      : store_(std::move(store)), fails_(std::move(fails)) {}
+  ByteCount size() const noexcept override { return store_->size(); }
+  std::string name() const override { return "failing"; }
+  Extent extent_at(StoreOffset from) const noexcept override { return store_->extent_at(from); }
+  Result<ReadStatus> read(StoreOffset from, std::span<std::byte> to, Wait wait) noexcept override {
+    if (reads_ < fails_.size() && fails_[reads_++]) return Failure(Error("it fails", EIO));
+    return store_->read(from, to, wait);
+  }
+  void will_need(StoreOffset, ByteCount) noexcept override {}
+  std::uint64_t unit_at(StoreOffset) const noexcept override { return 0; }
+  bool is_only_copied() const noexcept override { return true; }
+
+ private:
+  const std::shared_ptr<Store> store_;
+  const std::vector<bool> fails_;
+  std::size_t reads_ = 0;
+};
+
+class StoredSetReads : public testing::Test {
+ protected:
+  // By the file and by the image, each of whose reads fails or not; whether all of two reads came.
+  bool reads(const std::vector<bool>& file_fails, const std::vector<bool>& image_fails) {
+    const auto memory = make_memory_store(std::vector<std::byte>(kPageBytes, std::byte{7}));
+    set_ = std::make_unique<StoredSet>(std::make_shared<FailingStore>(memory, file_fails),
+                                       std::make_shared<FailingStore>(memory, image_fails));
+    bool all = true;
+    for (int time = 0; time < 2; ++time) {
+      std::array<std::byte, kPageBytes> page{};
+      const auto read = set_->read(StoreOffset(0), page, Wait::yes);
+      all = all && read && *read == ReadStatus::done && page.back() == std::byte{7};
+    }
+    return all;
+  }
+
+  std::unique_ptr<StoredSet> set_;
+};
+
+TEST_F(StoredSetReads, AnErrorThatGoesAwayIsNoDamage) {
+  EXPECT_TRUE(reads({true}, {}));
+  EXPECT_FALSE(set_->problem());
+}
+
+TEST_F(StoredSetReads, AnErrorThatStaysIsOneWhereTheImageHasNone) {
+  EXPECT_TRUE(reads({true, true}, {}));
+  EXPECT_TRUE(set_->problem());
+}
+
+TEST_F(StoredSetReads, WhereTheImageCannotBeReadEitherTheFileIsNotBlamed) {
+  EXPECT_FALSE(reads({true}, {true}));
+  EXPECT_FALSE(set_->problem());
 }
 
 TEST_F(StoredSets, ALinkIsNotFollowed) {
