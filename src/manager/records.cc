@@ -443,7 +443,7 @@ std::vector<Records::Session> Records::sessions() const {
   std::ranges::rotate(all, all.begin() + static_cast<std::ptrdiff_t>(share * all.size() >> 32));
   std::set<SessionId> parents;
   for (const Session& session : all) parents.insert(session.parent);
-  std::ranges::stable_partition(all, [&](const Session& session) {
+  std::ranges::partition(all, [&](const Session& session) {
     return parents.contains(session.id) && !SessionState::forks_in_inbox(session.state_file).empty();
   });
   return all;
