@@ -120,21 +120,23 @@ Result<image::Written> diff(const Options& options) {
 // of another.
 Result<image::WorkingSet> recorded_of(const image::OpenImage& opened, const std::string& path) {
   Result<std::optional<image::WorkingSet>> own = working_set_of(opened, path);
-  if (own && !*own)
+  if (own) {
+    std::optional<image::WorkingSet>& set = *own;
+    if (set) return *std::move(set);
     return Failure(Error::from_open("the working set " + path, ENOENT)
                        .with_remedy("record one: uffdkit serve --record"));
-  if (own) return **std::move(own);
+  }
   Result<std::optional<image::WorkingSet>> read = image::read_working_set(path);
-  if (!read || !*read) return Failure(std::move(own).error());
+  if (!read) return Failure(std::move(read).error());
+  std::optional<image::WorkingSet>& set = *read;
   const Result<image::Identity> of_raw = image::identity_of(*opened.store);
   if (!of_raw) return Failure(of_raw.error());
-  image::WorkingSet& set = **read;
-  if (!image::check_recorded_of(set, *of_raw, opened.store->size().value / image::kPageBytes, path))
+  if (!set || !image::check_recorded_of(*set, *of_raw, opened.store->size().value / image::kPageBytes, path))
     return Failure(std::move(own).error());
-  set.identity = opened.layers.front()->record().identity;
+  set->identity = opened.layers.front()->record().identity;
   // Those are of sessions of the raw file.
-  set.runs.clear();
-  return std::move(set);
+  set->runs.clear();
+  return *std::move(set);
 }
 
 // Whether nothing is lost when `path` is replaced: it is not there, or was stored of the image with this file
