@@ -5,11 +5,13 @@
 
 #include <array>
 #include <atomic>
+#include <compare>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -39,7 +41,7 @@ inline constexpr std::int64_t kResumeMs = 2'000;
 struct FileIdentity {
   dev_t device;
   ino_t inode;
-  bool operator==(const FileIdentity&) const = default;
+  auto operator<=>(const FileIdentity&) const = default;
 };
 
 std::optional<FileIdentity> identity_of(int fd);
@@ -196,6 +198,7 @@ class Manager::Impl final : public ConnectionService, public EngineListener {
   struct Inherited {
     std::map<std::size_t, ImageCatalog::TakenUp> images;
     std::map<std::size_t, std::shared_ptr<SharedImage>> memories;
+    std::set<FileIdentity> state_files;  // of sessions that are taken up
   };
   // What of it cannot be taken up yet; its descriptors stay open.
   struct NotTakenUp {

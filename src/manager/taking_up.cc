@@ -72,6 +72,12 @@ Result<ImageCatalog::TakenUp> Manager::Impl::image_of(std::size_t record, Inheri
 Result<void> Manager::Impl::take_up(const Records::Session& session, Inherited& inherited) {
   const Result<ImageCatalog::TakenUp> image = image_of(session.image, inherited);
   if (!image) return Failure(image.error());
+  // Its client had come back, and the worker died before it let go of what it had of it.
+  const std::optional<FileIdentity> state_file = identity_of(session.state_file);
+  if (state_file && inherited.state_files.contains(*state_file)) {
+    give_up(session);
+    return {};
+  }
   std::shared_ptr<SharedImage> memory;
   if (session.shares) {
     memory = inherited.memories[session.image];
@@ -90,7 +96,10 @@ Result<void> Manager::Impl::take_up(const Records::Session& session, Inherited& 
   const std::optional<Error>& damage = image->damage;
   const Result<void> taken =
       damage && can_come_back(session) ? Failure(*damage) : take_up(session, image->lane, memory);
-  if (taken) return {};
+  if (taken) {
+    if (state_file) inherited.state_files.insert(*state_file);
+    return {};
+  }
   log_.write(fmt::format("session {} cannot be taken up: {}", session.id, taken.error().text()));
   cannot_take_up(session, image->lane, memory);
   return {};

@@ -213,6 +213,41 @@ TEST(TakenUp, AChildIsNotRunWhileTheInboxOfItsParentNamesIt) {
   EXPECT_EQ(worker.wait(), 0);
 }
 
+// Takes up what a worker has left that died when a client had come back, before it let go of what it had of
+// it.
+void take_up_twice(const UniqueFd& uffd) {
+  const std::unique_ptr<Records> records = take(Records::create());
+  const UniqueFd file(::memfd_create("image", MFD_CLOEXEC));
+  require(::ftruncate(file.get(), 4096) == 0, "ftruncate");
+  const std::shared_ptr<StoreLane> lane = take(StoreLane::create(
+      take(open_file_store(file.get(), "image")), {}, UniqueFd(::fcntl(file.get(), F_DUPFD_CLOEXEC, 0))));
+  const SessionState state = take(SessionState::create("image"));
+  for (const SessionId id : {1u, 2u})
+    (void)take(records->add({.id = id,
+                             .kind = SessionKind::native,
+                             .uffd = ::fcntl(uffd.get(), F_DUPFD_CLOEXEC, 0),
+                             .state_file = ::fcntl(state.fd(), F_DUPFD_CLOEXEC, 0),
+                             .acknowledged = true},
+                            lane, nullptr));
+  records->shared().is_ready = 1;
+  const std::unique_ptr<Manager> manager = take(Manager::create({.records = records.get()}));
+  succeed(manager->take_up());
+  require(records->sessions().size() == 1, "two sessions serve the same memory");
+  ::_exit(0);
+}
+
+TEST(TakenUp, OneMemoryIsServedByOneSession) {
+  Child client = program([](const Channel& channel) {
+    const Uffd uffd = take(Uffd::create({.kernel_faults = false}));
+    channel.send_fd(0, uffd.fd());
+    channel.receive();
+  });
+  std::uint64_t ignored = 0;
+  const UniqueFd uffd = client.channel().receive_fd(ignored);
+  Child worker = program([&](const Channel&) { take_up_twice(uffd); });
+  EXPECT_EQ(worker.wait(), 0);
+}
+
 INSTANTIATE_TEST_SUITE_P(Kinds, Recorded,
                          testing::Values(SessionKind::firecracker, SessionKind::native, SessionKind::fork));
 
