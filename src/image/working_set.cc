@@ -218,6 +218,13 @@ Result<std::optional<WorkingSet>> read_working_set(const std::string& path) {
   return std::optional(std::move(*set));
 }
 
+Result<void> write_working_set(const WorkingSet& set, OutputFile file) {
+  const Result<std::vector<std::byte>> bytes = encode(set);
+  if (!bytes) return Failure(bytes.error());
+  if (auto written = file.append(*bytes); !written) return written;
+  return file.commit();
+}
+
 Result<void> check_recorded_of(const WorkingSet& set, const Identity& identity, std::uint64_t memory_pages,
                                const std::string& path) {
   if (set.identity == identity && set.memory_pages == memory_pages) return {};

@@ -2,9 +2,9 @@
 // before they were asked for: the file beside the image, to a value and back. docs/working-sets.md says every
 // byte.
 //
-// Pure but for read_working_set() and identity_of(). Decoding is total: any bytes give a value or an Error,
-// and no more is allocated than the largest working set takes. A working set is a hint: the bytes
-// of pages never come from it, so that a wrong one costs time and nothing else.
+// Pure but for read_working_set(), write_working_set() and identity_of(). Decoding is total: any bytes give a
+// value or an Error, and no more is allocated than the largest working set takes. A working set is a hint:
+// the bytes of pages never come from it, so that a wrong one costs time and nothing else.
 #pragma once
 
 #include <uffdkit/error.h>
@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "image/format.h"
+#include "image/output_file.h"
 
 namespace uffdkit::image {
 
@@ -65,6 +66,9 @@ Result<WorkingSet> decode_working_set(std::span<const std::byte> file);
 // The file at `path`; nothing if there is none. May block. Errors: it cannot be read, is no regular file, or
 // as above; they name it.
 Result<std::optional<WorkingSet>> read_working_set(const std::string& path);
+// Writes it to the file, which gets its name then. May block. Errors: more pages than one can have; the
+// file's.
+Result<void> write_working_set(const WorkingSet& set, OutputFile file);
 // Errors: `set`, which was read from `path`, is not of the image with this identity and so many pages.
 Result<void> check_recorded_of(const WorkingSet& set, const Identity& identity, std::uint64_t memory_pages,
                                const std::string& path);

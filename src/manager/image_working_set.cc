@@ -108,12 +108,9 @@ Result<void> ImageWorkingSet::add_recording(Store& store, std::span<const std::u
   std::optional<image::WorkingSet> known = read(*identity).value_or(std::nullopt);
   if (known) image::merge(*known, recording);
   const image::WorkingSet set = known ? *std::move(known) : std::move(recording);
-  const Result<std::vector<std::byte>> bytes = image::encode(set);
-  if (!bytes) return Failure(bytes.error());
   Result<image::OutputFile> file = image::OutputFile::create(path_, /*replace=*/true);
   if (!file) return Failure(std::move(file).error());
-  if (auto written = file->append(*bytes); !written) return written;
-  if (auto named = file->commit(); !named) return named;
+  if (auto written = image::write_working_set(set, *std::move(file)); !written) return written;
   use(set, store);
   return {};
 }

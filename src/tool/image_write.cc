@@ -152,13 +152,6 @@ bool may_be_replaced(const std::string& path, const std::string& image_name) {
   return opened && (*opened)->record().is_diff && (*opened)->record().parent_name == image_name;
 }
 
-Result<void> write_working_set(const image::WorkingSet& set, image::OutputFile file) {
-  const Result<std::vector<std::byte>> bytes = image::encode(set);
-  if (!bytes) return Failure(bytes.error());
-  if (auto written = file.append(*bytes); !written) return written;
-  return file.commit();
-}
-
 // Sets output.path, too.
 Result<image::Written> store_set(Options& options) {
   const std::string& path = options.inputs[0];
@@ -192,7 +185,7 @@ Result<image::Written> store_set(Options& options) {
   const auto source = image::difference(opened->store, opened->store, opened->raw_bytes, std::move(kept));
   Result<image::Written> written = write(*source, *parent, {}, options.output, "store-set");
   if (written && set_file)
-    if (auto named = write_working_set(*set, *std::move(set_file)); !named)
+    if (auto named = image::write_working_set(*set, *std::move(set_file)); !named)
       return Failure(
           std::move(named).error().within(options.output.path + " is made, but not the working set"));
   return written;
