@@ -119,10 +119,7 @@ Result<void> ImageOpener::add_stored_set(OpenImage& image, int file, const std::
   if (!has_same_owner(file, set_file.get()))
     return Failure(Error(set_path + " is another user's than the image", EPERM)
                        .with_remedy("make it as the image's owner: uffdkit image store-set"));
-  Result<FileBytes> bytes = look_at(set_file, set_path);
-  if (!bytes) return Failure(std::move(bytes).error());
-  Result<std::shared_ptr<ImageFile>> set = nullptr;
-  if (bytes->kind == Kind::compressed) set = share(std::move(*bytes));
+  Result<std::shared_ptr<ImageFile>> set = open_layer(set_file, set_path);
   if (!set) return Failure(std::move(set).error());
   const Record& own = image.layers.front()->record();
   if (*set == nullptr || !shows_the_same((*set)->record(), own))
@@ -153,12 +150,9 @@ Result<void> ImageOpener::add_parents(int folder, const std::string& path,
           Error::from_errno(fmt::format("open {}, the parent of {}", name, child_name), errno)
               .with_remedy("an image's parents lie in its own folder, under the names that they had "
                            "when it was made, and are no symbolic links"));
-    Result<FileBytes> bytes = look_at(file, name);
-    if (!bytes) return Failure(std::move(bytes).error());
-    const bool is_image = bytes->kind == Kind::compressed;
-    Result<std::shared_ptr<ImageFile>> parent = nullptr;
-    if (is_image) parent = share(std::move(*bytes));
+    Result<std::shared_ptr<ImageFile>> parent = open_layer(file, name);
     if (!parent) return Failure(std::move(parent).error());
+    const bool is_image = *parent != nullptr;
     if (!is_image || (*parent)->record().identity != child.parent)
       return Failure(
           Error(fmt::format("{} is not the parent of {}: it {}, and should be the image {}", name, child_name,
@@ -171,6 +165,13 @@ Result<void> ImageOpener::add_parents(int folder, const std::string& path,
     layers.push_back(std::move(*parent));
   }
   return {};
+}
+
+Result<std::shared_ptr<ImageFile>> ImageOpener::open_layer(const UniqueFd& file, const std::string& name) {
+  Result<FileBytes> bytes = look_at(file, name);
+  if (!bytes) return Failure(std::move(bytes).error());
+  if (bytes->kind != Kind::compressed) return nullptr;
+  return share(std::move(*bytes));
 }
 
 Result<ImageOpener::FileBytes> ImageOpener::look_at(const UniqueFd& file, const std::string& name) {

@@ -66,6 +66,8 @@ class ImageOpener {
   };
   Result<FileBytes> look_at(const UniqueFd& file, const std::string& name);
   Result<std::shared_ptr<ImageFile>> share(FileBytes bytes);
+  // nullptr: it is no compressed image.
+  Result<std::shared_ptr<ImageFile>> open_layer(const UniqueFd& file, const std::string& name);
   Result<void> add_parents(int folder, const std::string& path,
                            std::vector<std::shared_ptr<ImageFile>>& layers);
 
