@@ -66,6 +66,15 @@ class WorkingSets : public ManagerTest {
     EXPECT_EQ(process.wait(), 0) << manager.log();
     EXPECT_EQ(manager.stop(), 0);
   }
+  // A client that reports when it has touched a page, and goes over its memory when it is told to.
+  Child touching_twice() {
+    return client(image_, whole(image_), socket_, [](const ClientMemory& memory, const Channel& channel) {
+      memory.check(900);
+      channel.send(1);
+      channel.receive();
+      memory.check_all(2, 1);
+    });
+  }
   std::string compressed() {
     const std::string path = directory_ / "compressed";
     EXPECT_EQ(run_program("uffdkit", {"image", "create", "--raw", image_.path(), path}).exit_code, 0);
@@ -141,13 +150,7 @@ TEST_F(WorkingSets, ASessionOfAnImageWhoseSetIsStoredForItselfIsTakenUp) {
   record(image, pages);
   ASSERT_EQ(run_program("uffdkit", {"image", "store-set", image}).exit_code, 0);
   ManagerProcess manager(directory_, {"--firecracker", socket_ + "=" + image});
-  Child process =
-      client(image_, whole(image_), socket_, [](const ClientMemory& memory, const Channel& channel) {
-        memory.check(900);
-        channel.send(1);
-        channel.receive();
-        memory.check_all(2, 1);
-      });
+  Child process = touching_twice();
   process.channel().receive();
   ::kill(manager.worker_pid(), SIGKILL);
   process.channel().send(1);
@@ -263,13 +266,7 @@ TEST_F(WorkingSets, ASessionThatIsTakenUpIsBroughtWhatWasRecorded) {
   const std::string aside = directory_ / "aside";
   std::filesystem::rename(file(), aside);
   ManagerProcess manager(directory_, {"--firecracker", socket_ + "=" + image_.path()});
-  Child process =
-      client(image_, whole(image_), socket_, [](const ClientMemory& memory, const Channel& channel) {
-        memory.check(900);
-        channel.send(1);
-        channel.receive();
-        memory.check_all(2, 1);
-      });
+  Child process = touching_twice();
   process.channel().receive();
   // From now on there is one, which the next worker finds.
   std::filesystem::rename(aside, file());
