@@ -176,13 +176,12 @@ void measure(const Options& options, const Settings& settings, Report& report) {
 
 int main(int argc, char** argv) {
   using namespace uffdkit::bench;
-  Settings settings;
-  return run_bench(
+  return run_bench<Settings>(
       argc, argv, "What do clones of one image cost?",
-      [&](CLI::App& app) {
+      [](CLI::App& app, Settings& settings) {
         add_number(app, "--mib", settings.mib, "Size of the image in MiB", 1, 1 << 16);
         add_number(app, "--percent", settings.percent, "How much of the image each clone reads", 1, 100);
         add_number(app, "--clones", settings.clones, "Number of clones", 2, 1000);
       },
-      [&](const Options& options, Report& report) { measure(options, settings, report); });
+      measure);
 }

@@ -104,12 +104,11 @@ void measure(const Options& options, const Settings& settings, Report& report) {
 
 int main(int argc, char** argv) {
   using namespace uffdkit::bench;
-  Settings settings;
-  return run_bench(
+  return run_bench<Settings>(
       argc, argv, "What do faults cost that wait for a cold disk together?",
-      [&](CLI::App& app) {
+      [](CLI::App& app, Settings& settings) {
         add_number(app, "--mib", settings.mib, "Size of the memory in MiB", 1, 1 << 20);
         add_number(app, "--faults", settings.faults, "Pages that are touched, of all clients", 1, 1 << 20);
       },
-      [&](const Options& options, Report& report) { measure(options, settings, report); });
+      measure);
 }

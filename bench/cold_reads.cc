@@ -237,12 +237,11 @@ void measure(const Options& options, const Settings& settings, Report& report) {
 
 int main(int argc, char** argv) {
   using namespace uffdkit::bench;
-  Settings settings;
-  return run_bench(
+  return run_bench<Settings>(
       argc, argv, "What does a disk give that is read at random?",
-      [&](CLI::App& app) {
+      [](CLI::App& app, Settings& settings) {
         add_number(app, "--mib", settings.mib, "Size of the file in MiB", 1, 1 << 20);
         add_number(app, "--reads", settings.reads, "Reads of each kind", 1, 1 << 20);
       },
-      [&](const Options& options, Report& report) { measure(options, settings, report); });
+      measure);
 }

@@ -119,12 +119,11 @@ void measure(const Options& options, const Settings& settings, Report& report) {
 
 int main(int argc, char** argv) {
   using namespace uffdkit::bench;
-  Settings settings;
-  return run_bench(
+  return run_bench<Settings>(
       argc, argv, "How soon has a lazily restored process done its work, and all of its memory?",
-      [&](CLI::App& app) {
+      [](CLI::App& app, Settings& settings) {
         add_number(app, "--mib", settings.mib, "Memory of the process in MiB", 1, 1 << 20);
         app.add_option("--shape", settings.shapes, "Only this one; repeatable");
       },
-      [&](const Options& options, Report& report) { measure(options, settings, report); });
+      measure);
 }

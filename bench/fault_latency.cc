@@ -205,15 +205,14 @@ void measure(const Options& options, const Settings& settings, Report& report) {
 
 int main(int argc, char** argv) {
   using namespace uffdkit::bench;
-  Settings settings;
-  return run_bench(
+  return run_bench<Settings>(
       argc, argv, "How long does one served fault take?",
-      [&](CLI::App& app) {
+      [](CLI::App& app, Settings& settings) {
         app.add_option("--spin-us", settings.spin_us, "Values of uffdkit's --spin-us to measure as well")
             ->capture_default_str();
         app.add_option("--workers", settings.workers, "Values of uffdkit's --workers to measure as well")
             ->capture_default_str();
         app.add_option("--other", settings.other, "Another build of uffdkit, to compare with");
       },
-      [&](const Options& options, Report& report) { measure(options, settings, report); });
+      measure);
 }

@@ -180,9 +180,10 @@ void measure(const Options& options, const Settings& settings, Report& report) {
 
 int main(int argc, char** argv) {
   using namespace uffdkit::bench;
-  Settings settings;
-  return run_bench(
+  return run_bench<Settings>(
       argc, argv, "How fast is memory filled that nobody waits for?",
-      [&](CLI::App& app) { add_number(app, "--mib", settings.mib, "Size of the image in MiB", 1, 1 << 16); },
-      [&](const Options& options, Report& report) { measure(options, settings, report); });
+      [](CLI::App& app, Settings& settings) {
+        add_number(app, "--mib", settings.mib, "Size of the image in MiB", 1, 1 << 16);
+      },
+      measure);
 }

@@ -135,9 +135,10 @@ void measure(const Options& options, const Settings& settings, Report& report) {
 
 int main(int argc, char** argv) {
   using namespace uffdkit::bench;
-  Settings settings;
-  return run_bench(
+  return run_bench<Settings>(
       argc, argv, "What does it cost to decompress a frame of an image?",
-      [&](CLI::App& app) { add_number(app, "--mib", settings.mib, "How much memory", 1, 1024); },
-      [&](const Options& options, Report& report) { measure(options, settings, report); });
+      [](CLI::App& app, Settings& settings) {
+        add_number(app, "--mib", settings.mib, "How much memory", 1, 1024);
+      },
+      measure);
 }

@@ -123,14 +123,13 @@ void measure(const Options& options, const Settings& settings, Report& report) {
 
 int main(int argc, char** argv) {
   using namespace uffdkit::bench;
-  Settings settings;
-  return run_bench(
+  return run_bench<Settings>(
       argc, argv, "How large should frames of images be?",
-      [&](CLI::App& app) {
+      [](CLI::App& app, Settings& settings) {
         add_number(app, "--mib", settings.mib, "Size of the memory in MiB", 1, 1 << 20);
         app.add_option("--frame", settings.frames, "Frame sizes; repeatable")->capture_default_str();
         app.add_option("--level", settings.levels, "Levels, of 64K frames; repeatable")
             ->capture_default_str();
       },
-      [&](const Options& options, Report& report) { measure(options, settings, report); });
+      measure);
 }

@@ -149,13 +149,12 @@ void measure(const Options& options, const Settings& settings, Report& report) {
 
 int main(int argc, char** argv) {
   using namespace uffdkit::bench;
-  Settings settings;
-  return run_bench(
+  return run_bench<Settings>(
       argc, argv, "Is a resume from a compressed image as fast as from a raw one?",
-      [&](CLI::App& app) {
+      [](CLI::App& app, Settings& settings) {
         add_number(app, "--mib", settings.mib, "Size of the memory in MiB", 1, 1 << 20);
         add_number(app, "--percent", settings.percent, "How much of it the job touches", 1, 100);
         app.add_option("--create", settings.create, "Options of uffdkit image create");
       },
-      [&](const Options& options, Report& report) { measure(options, settings, report); });
+      measure);
 }

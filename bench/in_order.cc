@@ -100,9 +100,10 @@ void measure(const Options& options, const Settings& settings, Report& report) {
 
 int main(int argc, char** argv) {
   using namespace uffdkit::bench;
-  Settings settings;
-  return run_bench(
+  return run_bench<Settings>(
       argc, argv, "How soon has a client gone through its memory in order?",
-      [&](CLI::App& app) { add_number(app, "--mib", settings.mib, "Size of the memory in MiB", 1, 1 << 20); },
-      [&](const Options& options, Report& report) { measure(options, settings, report); });
+      [](CLI::App& app, Settings& settings) {
+        add_number(app, "--mib", settings.mib, "Size of the memory in MiB", 1, 1 << 20);
+      },
+      measure);
 }

@@ -136,10 +136,9 @@ void measure(const Options& options, const Settings& settings, Report& report) {
 
 int main(int argc, char** argv) {
   using namespace uffdkit::bench;
-  Settings settings;
-  return run_bench(
+  return run_bench<Settings>(
       argc, argv, "How fast does memory fill that is touched at random?",
-      [&](CLI::App& app) {
+      [](CLI::App& app, Settings& settings) {
         add_number(app, "--mib", settings.mib, "Size of the image in MiB", 1, 1 << 20);
         app.add_option("--threads", settings.threads, "Numbers of touching threads")->capture_default_str();
         app.add_option(
@@ -148,5 +147,5 @@ int main(int argc, char** argv) {
                "compared with")
             ->capture_default_str();
       },
-      [&](const Options& options, Report& report) { measure(options, settings, report); });
+      measure);
 }

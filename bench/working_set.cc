@@ -216,14 +216,13 @@ void measure(const Options& options, const Settings& settings, Report& report) {
 
 int main(int argc, char** argv) {
   using namespace uffdkit::bench;
-  Settings settings;
-  return run_bench(
+  return run_bench<Settings>(
       argc, argv, "How soon is a job done whose pages were recorded before?",
-      [&](CLI::App& app) {
+      [](CLI::App& app, Settings& settings) {
         add_number(app, "--mib", settings.mib, "Size of the memory in MiB", 1, 1 << 20);
         add_number(app, "--percent", settings.percent, "How much of it the job touches", 1, 100);
         app.add_flag("--faults-only", settings.faults_only,
                      "Leave the job out, and ask only what a fault waits meanwhile");
       },
-      [&](const Options& options, Report& report) { measure(options, settings, report); });
+      measure);
 }

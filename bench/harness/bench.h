@@ -61,4 +61,14 @@ int run_bench(int argc, char** argv, const std::string& question,
               const std::function<void(CLI::App&)>& add_options,
               const std::function<void(const Options&, Report&)>& measure);
 
+// The same for a bench whose own options are in `Settings`, with what these are if nothing is said.
+template <class Settings>
+int run_bench(int argc, char** argv, const std::string& question, void (*add_options)(CLI::App&, Settings&),
+              void (*measure)(const Options&, const Settings&, Report&)) {
+  Settings settings;
+  return run_bench(
+      argc, argv, question, [&](CLI::App& app) { add_options(app, settings); },
+      [&](const Options& options, Report& report) { measure(options, settings, report); });
+}
+
 }  // namespace uffdkit::bench
