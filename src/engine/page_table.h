@@ -53,6 +53,18 @@ class PageTable {
 
   void set(PageRange range, PageState state);
 
+  // Each state in `range` becomes what `change` says of it: PageState(PageState), asked once for each run of
+  // granules that are in the same state.
+  template <class Change>
+  void change(PageRange range, Change change) {
+    for (PageIndex at = range.first; at < range.end();) {
+      const PageState state = get(at);
+      const PageIndex end = end_of_run(at + PageCount(1), range.end(), state);
+      if (const PageState changed = change(state); changed != state) set({at, end - at}, changed);
+      at = end;
+    }
+  }
+
   // The first granule in [from, end) whose state is not `state`; `end` if all are.
   PageIndex end_of_run(PageIndex from, PageIndex end, PageState state) const;
   // The start of the run of `state` that ends before `from`, not below `start`.

@@ -7,12 +7,14 @@ namespace {
 
 [[gnu::hot]] FaultPlan::Action action_for(const PageTable& table, PageRange page, Lost lost) {
   bool all_zero = true;
-  for (PageIndex granule = page.first; granule < page.end(); granule = granule + PageCount(1)) {
-    const PageState state = table.get(granule);
+  for (PageIndex at = page.first; at < page.end();) {
+    const PageState state = table.get(at);
     if (state == PageState::fetching) return FaultPlan::Action::wait;
     if (state == PageState::poisoned) return FaultPlan::Action::poison;
     const bool was_lost = state == PageState::installed && lost == Lost::zero;
     all_zero = all_zero && (reads_as_zero(state) || was_lost);
+    at = at + PageCount(1);
+    if (at < page.end()) at = table.end_of_run(at, page.end(), state);
   }
   return all_zero ? FaultPlan::Action::zero : FaultPlan::Action::read;
 }

@@ -589,9 +589,9 @@ bool Session::is_brought(const Segment& segment, PageRange run) {
 }
 
 [[gnu::hot]] void Session::mark_brought(const Segment& segment, PageRange run) {
-  PageTable& table = state_.table(segment.region);
-  for (PageIndex granule = run.first; granule < run.end(); granule = granule + kOneGranule)
-    table.set(granule, reads_as_zero(table.get(granule)) ? PageState::zeroed : PageState::installed);
+  state_.table(segment.region).change(run, [](PageState state) {
+    return reads_as_zero(state) ? PageState::zeroed : PageState::installed;
+  });
 }
 
 [[gnu::hot]] Session::Put Session::put(const Segment& segment, PageRange run, Contents contents) {
@@ -604,9 +604,9 @@ bool Session::is_brought(const Segment& segment, PageRange run) {
   // Readers of a page that cannot be there try again, and hear from the kernel what is wrong.
   const auto pass_by = [&](PageRange pages) {
     wake({segment.address_of(pages.first), segment.page_size.bytes()});
-    PageTable& table = state_.table(segment.region);
-    for (PageIndex granule = pages.first; granule < pages.end(); granule = granule + kOneGranule)
-      if (table.get(granule) == PageState::fetching) table.set(granule, PageState::absent);
+    state_.table(segment.region).change(pages, [](PageState state) {
+      return state == PageState::fetching ? PageState::absent : state;
+    });
   };
   while (run.count.value > 0) {
     const PageRange now{run.first, one_by_one ? page : run.count};

@@ -181,10 +181,9 @@ void Session::end_failed() {
     if (segment.region == kZeroRegion) continue;
     // Where the image is shared, what was given back would be the image again.
     const bool shares = sharing_of(segment) != SharingMode::none;
-    PageTable& table = state_.table(segment.region);
-    const PageRange granules = segment.granules();
-    for (PageIndex granule = granules.first; granule < granules.end(); granule = granule + kOneGranule)
-      if (is_missing(table.get(granule), shares)) table.set(granule, PageState::poisoned);
+    state_.table(segment.region).change(segment.granules(), [&](PageState state) {
+      return is_missing(state, shares) ? PageState::poisoned : state;
+    });
   }
   unreadable_ = Unreadable::poison;
   detaching_ = true;
@@ -202,17 +201,16 @@ void Session::condemn_child(Uffd child, Error why) {
     // Where the image is shared, what was given back would be the image again.
     const bool shares = sharing_of(segment) != SharingMode::none;
     const PageTable& table = state_.table(segment.region);
-    const auto is_there = [&](PageIndex granule) {
-      return !is_missing(table.get(granule), shares) && table.get(granule) != PageState::poisoned;
-    };
-    const PageCount page = granules_per_page(segment);
-    const PageRange granules = segment.granules();
-    for (PageIndex first = granules.first; first < granules.end(); first = first + page) {
-      bool whole = true;
-      for (PageIndex granule = first; granule < first + page; granule = granule + kOneGranule)
-        whole = whole && is_there(granule);
-      if (whole) continue;
-      const AddressRange memory{segment.address_of(first), segment.page_size.bytes()};
+    const PageIndex end = segment.granules().end();
+    for (PageIndex at = segment.first; at < end;) {
+      const PageState state = table.get(at);
+      const PageIndex run = at;
+      at = table.end_of_run(run + kOneGranule, end, state);
+      if (!is_missing(state, shares) && state != PageState::poisoned) continue;
+      // A page is missing as a whole.
+      const PageIndex first = page_of(segment, run).first;
+      at = page_of(segment, PageIndex(at.value - 1)).end();
+      const AddressRange memory{segment.address_of(first), kPage4K.bytes(at - first)};
       if (!missing.empty() && missing.back().memory.end() == memory.start &&
           missing.back().page_size == segment.page_size)
         missing.back().memory.length = missing.back().memory.length + memory.length;

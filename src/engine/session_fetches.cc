@@ -40,9 +40,9 @@ std::uint64_t Session::start_fetch(const Segment& segment, PageRange run) {
   fetch->store = lane->store();
 
   // What was removed of a huge page stays so.
-  PageTable& table = state_.table(segment.region);
-  for (PageIndex granule = run.first; granule < run.end(); granule = granule + kOneGranule)
-    if (!reads_as_zero(table.get(granule))) table.set(granule, PageState::fetching);
+  state_.table(segment.region).change(run, [](PageState state) {
+    return reads_as_zero(state) ? state : PageState::fetching;
+  });
   fetches_.push_back({.id = fetch->id,
                       .region = segment.region,
                       .serial = serial,
@@ -128,12 +128,11 @@ void Session::install(std::unique_ptr<Fetch> read) {
     }
   }
   // What could not be put into place, or is not mapped any more, is nobody's again.
-  for (PageIndex granule = fetch.granules.first; granule < fetch.granules.end();
-       granule = granule + kOneGranule) {
-    if (table.get(granule) != PageState::fetching) continue;
-    table.set(granule, PageState::absent);
+  table.change(fetch.granules, [&](PageState state) {
+    if (state != PageState::fetching) return state;
     populate_again_ = true;
-  }
+    return PageState::absent;
+  });
   settle_pending(fetch, worst);
 }
 

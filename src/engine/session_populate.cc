@@ -63,7 +63,11 @@ bool Session::populate() {
       return state == PageState::absent || state == PageState::poisoned || removed;
     };
     PageIndex first = from;
-    while (first < scan_end && !is_to_do(first)) first = first + kOneGranule;
+    while (first < scan_end && !is_to_do(first)) {
+      const PageIndex next = first + kOneGranule;
+      // What must be zeroed is not in the state alone.
+      first = releasing_ ? next : table.end_of_run(next, scan_end, table.get(first));
+    }
     if (first == scan_end) {
       populate_from_ = segment->address_of(scan_end);
       continue;

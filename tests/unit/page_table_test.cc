@@ -63,6 +63,23 @@ TEST_F(PageTableTest, ARunEndsAtAnotherStateOrAtTheLimit) {
   EXPECT_EQ(table_.start_of_run(PageIndex(18), PageIndex(0), PageState::removed), PageIndex(18));
 }
 
+TEST_F(PageTableTest, AChangeIsAskedOnceForEachRunAndMadeInTheRangeOnly) {
+  table_.set({PageIndex(4), PageCount(9)}, PageState::fetching);
+  table_.set({PageIndex(20), PageCount(kGranules.value - 20)}, PageState::fetching);
+  std::vector<PageState> asked;
+  table_.change({PageIndex(2), PageCount(20)}, [&](PageState state) {
+    asked.push_back(state);
+    return state == PageState::fetching ? PageState::installed : state;
+  });
+  EXPECT_EQ(asked,
+            (std::vector{PageState::absent, PageState::fetching, PageState::absent, PageState::fetching}));
+  for (std::uint64_t i = 0; i < kGranules.value; ++i)
+    EXPECT_EQ(table_.get(PageIndex(i)), (i >= 4 && i < 13) || i == 20 || i == 21 ? PageState::installed
+                                        : i >= 22                                ? PageState::fetching
+                                                                                 : PageState::absent)
+        << i;
+}
+
 TEST_F(PageTableTest, CostsFourBitsAGranule) {
   EXPECT_EQ(page_table_bytes(PageCount(8192)), ByteCount(4096));
   EXPECT_EQ(page_table_bytes(PageCount(1)), ByteCount(1));
