@@ -121,13 +121,11 @@ void measure(const Options& options, const std::vector<std::uint64_t>& gib, Repo
     report.row(std::move(row));
   }
   report.note(
-      "Attaching is timed from making the memory until its first page is there. Page states are 4 bits for "
-      "each "
-      "4 KiB in a sparse file: its pages cover 32 MiB each, so that touches which lie further apart than "
-      "that "
-      "take 4 KiB each. The client's own page tables, which the kernel makes in the same fault, grow "
-      "likewise; "
-      "hence the raw loop in the same region.");
+      "Attaching is timed from making the memory until its first page is there. Page states are 256 bytes "
+      "for each 2 MiB of which a page was touched, side by side in a sparse file, and 4 bytes for every 2 "
+      "MiB "
+      "in a directory whose pages cover 2 GiB each. The client's own page tables, which the kernel makes in "
+      "the same fault, grow likewise; hence the raw loop in the same region.");
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "base/check.h"
@@ -23,7 +24,7 @@ namespace {
 // ---- the bytes of the file: docs/session-state.md ---------------------------------------------------------
 
 constexpr std::array<char, 8> kMagic = {'U', 'F', 'F', 'D', 'S', 'E', 'S', 'S'};
-constexpr std::uint32_t kVersion = 3;
+constexpr std::uint32_t kVersion = 4;
 constexpr std::size_t kImageBytesMax = 255;
 constexpr std::uint32_t kPageShiftMax = 21;
 
@@ -237,7 +238,7 @@ Result<void> SessionState::load_regions(std::uint32_t count, std::uint64_t file_
     const bool sane = record.page_shift >= 12 && record.page_shift <= kPageShiftMax && record.length != 0 &&
                       record.sharing <= static_cast<std::uint16_t>(SharingMode::resolve) &&
                       record.length % (1ull << record.page_shift) == 0 && record.offset % 4096 == 0 &&
-                      record.length <= kStateAddressEnd.value &&
+                      record.length <= kPage4K.bytes(kPageTableGranulesMax).value &&
                       record.offset <= UINT64_MAX - record.length && record.table >= kTablesAt &&
                       record.table % 4096 == 0 && record.table <= file_bytes &&
                       table_file_bytes(ByteCount(record.length)) <= file_bytes - record.table;
@@ -254,7 +255,7 @@ Result<void> SessionState::load_regions(std::uint32_t count, std::uint64_t file_
                     .page_size = PageSize::from_shift(record.page_shift),
                     .sharing = static_cast<SharingMode>(record.sharing)};
     if (auto mapped = map_table(id, record.table); !mapped) return mapped;
-    forget_fetches(id);
+    if (auto taken = take_up_table(id); !taken) return taken;
   }
   return {};
 }
@@ -293,23 +294,24 @@ Result<void> SessionState::load_layout(std::uint32_t count) {
 }
 
 // Looks only at what has been written: reading a hole through the mapping would fill it.
-void SessionState::forget_fetches(RegionId region) {
+Result<void> SessionState::take_up_table(RegionId region) {
   const std::uint64_t at = table_at_[region];
-  const std::span<std::byte> cells(table_memory_[region].data(), table_memory_[region].size());
+  const std::span<std::byte> memory(table_memory_[region].data(), table_memory_[region].size());
+  std::vector<std::span<std::byte>> written;
   std::uint64_t position = 0;
-  while (position < cells.size()) {
+  while (position < memory.size()) {
     const off_t data = ::lseek(file_.get(), static_cast<off_t>(at + position), SEEK_DATA);
-    if (data < 0) return;  // nothing but holes from here on
+    if (data < 0) break;  // nothing but holes from here on
     const off_t hole = ::lseek(file_.get(), data, SEEK_HOLE);
     const std::uint64_t from = static_cast<std::uint64_t>(data) - at;
-    if (hole < 0 || from >= cells.size()) return;
-    position = std::min<std::uint64_t>(static_cast<std::uint64_t>(hole) - at, cells.size());
-    for (std::byte& cell : cells.subspan(from, position - from)) {
-      constexpr auto kFetching = static_cast<std::byte>(PageState::fetching);
-      if ((cell & std::byte{0x0f}) == kFetching) cell &= std::byte{0xf0};
-      if ((cell >> 4) == kFetching) cell &= std::byte{0x0f};
-    }
+    if (hole < 0 || from >= memory.size()) break;
+    position = std::min<std::uint64_t>(static_cast<std::uint64_t>(hole) - at, memory.size());
+    written.push_back(memory.subspan(from, position - from));
   }
+  std::optional<PageTable> table = PageTable::take_up(memory, tables_[region].granules(), written);
+  if (!table) return Failure(damaged(fmt::format("the page states of region {} are out of bounds", region)));
+  tables_[region] = std::move(*table);
+  return {};
 }
 
 // ---- changes ----------------------------------------------------------------------------------------------
@@ -332,6 +334,8 @@ Result<RegionId> SessionState::add_region(AddressRange memory, StoreOffset offse
   const auto id = static_cast<RegionId>(unused - regions_.begin());
   if (id == kSessionRegionsMax)
     return Failure(Error(fmt::format("a session has at most {} regions", kSessionRegionsMax), ENOSPC));
+  if (kPage4K.pages(memory.length) > kPageTableGranulesMax)
+    return Failure(Error(fmt::format("a region has at most {} pages", kPageTableGranulesMax.value), E2BIG));
   // It may cut a segment in two.
   if (layout_.segments().size() + 2 > kSegmentsMax)
     return Failure(

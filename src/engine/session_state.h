@@ -5,10 +5,10 @@
 // The file is what a session is: whoever holds it and the userfaultfd can go on serving. It is kept right at
 // every instant, so that it can be read after its writer was cut off anywhere: regions are filled in before
 // they are counted, the layout is written beside the old one and then switched to by one store, page states
-// are single bytes. Messages of the userfaultfd are read straight into it, so that each is in the kernel or
-// here; that one has been applied is said by the same store that switches the layout. It cannot be shrunk
-// (sealed), so that a peer who holds it too cannot take mapped memory away. docs/session-state.md says every
-// byte. Threads: none; the session is the only one to write.
+// are single stores (PageTable). Messages of the userfaultfd are read straight into it, so that each is in
+// the kernel or here; that one has been applied is said by the same store that switches the layout. It cannot
+// be shrunk (sealed), so that a peer who holds it too cannot take mapped memory away. docs/session-state.md
+// says every byte. Threads: none; the session is the only one to write.
 #pragma once
 
 #include <uffdkit/abi.h>
@@ -125,7 +125,7 @@ class SessionState {
       : file_(std::move(file)), head_(std::move(head)), image_(std::move(image)) {}
 
   Result<void> map_table(RegionId region, std::uint64_t at);
-  void forget_fetches(RegionId region);
+  Result<void> take_up_table(RegionId region);
   Result<void> publish_layout();
   void publish_progress();
   void drop_regions_without_segments();

@@ -71,6 +71,13 @@ UniqueFd copy_of(int fd) {
   return copy;
 }
 
+// What the file takes.
+std::uint64_t memory_bytes(int fd) {
+  struct stat status;
+  EXPECT_EQ(::fstat(fd, &status), 0);
+  return static_cast<std::uint64_t>(status.st_blocks) * 512;
+}
+
 // All that a state holds, as text.
 std::string text_of(SessionState& state) {
   std::string text = state.image() + "\n";
@@ -188,6 +195,7 @@ TEST_F(SessionStateTest, AFileThatWasExtendedBeforeItsWriterWasCutOffGrowsFurthe
 
 TEST_F(SessionStateTest, PagesThatTheFormerOwnerWasFetchingAreAbsent) {
   add(pages(0, 40'000));
+  state_.table(0).set({PageIndex(20 * 512), PageCount(1024)}, PageState::fetching);
   const auto states = {PageState::fetching, PageState::installed, PageState::removed, PageState::fetching,
                        PageState::poisoned};
   for (const std::uint64_t first : {0u, 9'001u, 39'990u}) {
@@ -198,6 +206,8 @@ TEST_F(SessionStateTest, PagesThatTheFormerOwnerWasFetchingAreAbsent) {
     }
   }
   SessionState opened = SessionState::open(copy_of(state_.fd())).value();
+  EXPECT_EQ(opened.table(0).get(PageIndex(20 * 512)), PageState::absent);
+  EXPECT_EQ(opened.table(0).get(PageIndex(22 * 512 - 1)), PageState::absent);
   for (const std::uint64_t first : {0u, 9'001u, 39'990u}) {
     PageIndex granule(first);
     for (const PageState state : states) {
@@ -211,26 +221,71 @@ TEST_F(SessionStateTest, TakingUpAHugeSparseRegionCostsNoMemory) {
   add(pages(0, 1u << 28));  // 1 TiB
   state_.table(0).set(PageIndex(5), PageState::installed);
   state_.table(0).set(PageIndex(1u << 27), PageState::fetching);
+  add(pages(1ull << 28, 1u << 28));  // nobody has touched this one
   UniqueFd copy = copy_of(state_.fd());
-  struct stat before;
-  ASSERT_EQ(::fstat(copy.get(), &before), 0);
+  const std::uint64_t before = memory_bytes(copy.get());
   SessionState opened = SessionState::open(std::move(copy)).value();
+  EXPECT_EQ(memory_bytes(opened.fd()), before);
   EXPECT_EQ(opened.table(0).get(PageIndex(5)), PageState::installed);
   EXPECT_EQ(opened.table(0).get(PageIndex(1u << 27)), PageState::absent);
-  struct stat after;
-  ASSERT_EQ(::fstat(opened.fd(), &after), 0);
-  EXPECT_LE(after.st_blocks, before.st_blocks + 64);  // 32 KiB
+}
+
+TEST_F(SessionStateTest, TouchesStrewnOverATerabyteTakeAKibibyteEachAtMost) {
+  constexpr std::uint64_t kGranules = 1u << 28;
+  constexpr std::uint64_t kTouches = 4000;
+  add(pages(0, kGranules));
+  const std::uint64_t before = memory_bytes(state_.fd());
+  for (std::uint64_t i = 0; i < kTouches; ++i)
+    state_.table(0).set(PageIndex(i * (kGranules / kTouches)), PageState::installed);
+  EXPECT_LE(memory_bytes(state_.fd()) - before, kTouches * 1024);
+}
+
+TEST_F(SessionStateTest, ATerabyteThatIsRemovedTakesTwoMebibytes) {
+  constexpr std::uint64_t kGranules = 1u << 28;
+  add(pages(0, kGranules));
+  const std::uint64_t before = memory_bytes(state_.fd());
+  state_.table(0).set({PageIndex(0), PageCount(kGranules)}, PageState::removed);
+  EXPECT_LE(memory_bytes(state_.fd()) - before, (2u << 20) + 8192);
+  SessionState opened = SessionState::open(copy_of(state_.fd())).value();
+  EXPECT_EQ(opened.table(0).end_of_run(PageIndex(0), PageIndex(kGranules), PageState::removed),
+            PageIndex(kGranules));
+}
+
+TEST_F(SessionStateTest, HugePagesTakeNoBlocks) {
+  constexpr std::uint64_t kGranules = 1u << 28;
+  add(pages(0, kGranules), 0, kPage2M);
+  const std::uint64_t before = memory_bytes(state_.fd());
+  for (std::uint64_t first = 0; first < kGranules; first += 512)
+    state_.table(0).set({PageIndex(first), PageCount(512)}, PageState::installed);
+  EXPECT_LE(memory_bytes(state_.fd()) - before, (2u << 20) + 8192);
+}
+
+TEST_F(SessionStateTest, ASmallRegionOfWhichOnePageWasTouchedHasOnePageOfStates) {
+  add(pages(0, 65'536));  // 256 MiB
+  const std::uint64_t before = memory_bytes(state_.fd());
+  state_.table(0).set(PageIndex(40'000), PageState::installed);
+  EXPECT_EQ(memory_bytes(state_.fd()) - before, 4096u);
+}
+
+TEST_F(SessionStateTest, TakenUpBeforeTheDirectoryHadABlockItHasIt) {
+  add(pages(0, 4096));
+  state_.table(0).set({PageIndex(512), PageCount(512)}, PageState::removed);
+  state_.table(0).set(PageIndex(600), PageState::zeroed);
+  const std::string before = text_of(state_);
+  UniqueFd copy = copy_of(state_.fd());
+  EXPECT_EQ(peek<std::uint32_t>(copy.get(), kTablesAt + 64 + 4), 1u);
+  poke(copy.get(), kTablesAt + 64 + 4, std::uint32_t{0x8000'0003});
+  SessionState opened = SessionState::open(std::move(copy)).value();
+  EXPECT_EQ(text_of(opened), before);
+  EXPECT_EQ(peek<std::uint32_t>(opened.fd(), kTablesAt + 64 + 4), 1u);
 }
 
 TEST_F(SessionStateTest, ADroppedRegionFreesItsTableAndItsNumberIsUsedAgain) {
   add(pages(0, 1u << 22));
-  state_.table(0).set({PageIndex(0), PageCount(1u << 22)}, PageState::installed);
-  struct stat full;
-  ASSERT_EQ(::fstat(state_.fd(), &full), 0);
+  for (std::uint64_t i = 0; i < 1u << 22; i += 512) state_.table(0).set(PageIndex(i), PageState::installed);
+  const std::uint64_t full = memory_bytes(state_.fd());
   ASSERT_TRUE(state_.erase(pages(0, 1u << 22)));
-  struct stat dropped;
-  ASSERT_EQ(::fstat(state_.fd(), &dropped), 0);
-  EXPECT_LE(dropped.st_blocks + 4096, full.st_blocks);  // the table had 2 MiB
+  EXPECT_LE(memory_bytes(state_.fd()) + (2u << 20), full);
   EXPECT_EQ(add(pages(50, 8)), 0u);
   EXPECT_EQ(state_.table(0).get(PageIndex(3)), PageState::absent);
   SessionState opened = SessionState::open(copy_of(state_.fd())).value();
@@ -293,6 +348,11 @@ TEST_F(SessionStateTest, MoreRegionsThanAllowedAreRefused) {
   EXPECT_TRUE(state_.add_region(pages(9000, 1), StoreOffset(0), kPage4K));
 }
 
+TEST_F(SessionStateTest, ARegionThatIsTooLargeForItsPageStatesIsRefused) {
+  const AddressRange large{kBase, ByteCount((std::uint64_t{1} << 51) + 4096)};
+  EXPECT_FALSE(state_.add_region(large, StoreOffset(0), kPage4K));
+}
+
 TEST_F(SessionStateTest, ANameThatIsTooLongIsRefused) {
   EXPECT_TRUE(SessionState::create(std::string(255, 'x')));
   EXPECT_FALSE(SessionState::create(std::string(256, 'x')));
@@ -314,6 +374,7 @@ TEST_F(SessionStateTest, OtherFilesAreRefused) {
 TEST_F(SessionStateTest, DamageOfEveryFieldIsRefusedAndNamed) {
   add(pages(0, 16), 4096);
   add(pages(1024, 1024), 0, kPage2M);
+  state_.table(0).set(PageIndex(3), PageState::installed);
   const std::uint64_t layout = kLayoutsAt + peek<std::uint32_t>(state_.fd(), kProgressAt) * kLayoutBytes;
   const std::uint64_t counts = kSegmentCountsAt + peek<std::uint32_t>(state_.fd(), kProgressAt) * 4;
   EXPECT_EQ(refusal([](int) {}), "");
@@ -343,6 +404,11 @@ TEST_F(SessionStateTest, DamageOfEveryFieldIsRefusedAndNamed) {
     refuses("region 0", kRegionsAt + 16, table);
   for (const std::uint32_t shift : {0u, 11u, 22u, 30u, 64u, ~0u}) refuses("region 0", kRegionsAt + 24, shift);
   refuses("region 0", kRegionsAt + 28, std::uint32_t{2});
+  refuses("page states of region 0", kTablesAt, std::uint64_t{2});
+  refuses("page states of region 0", kTablesAt, std::uint64_t{1} << 32 | 1);
+  refuses("page states of region 0", kTablesAt + 64, std::uint32_t{2});
+  refuses("page states of region 1", kTablesAt + 4096 + 64, std::uint32_t{1});
+  refuses("page states of region 1", kTablesAt + 4096 + 64 + 4, std::uint32_t{0x8000'0006});
   for (const std::uint64_t start : {std::uint64_t{1}, big, big << 12}) refuses("segment 0", layout, start);
   refuses("segment 1", layout, pages(1025, 1).start.value);       // the first one lies behind the second
   refuses("segment 1", layout + 32, pages(1025, 1).start.value);  // a huge page that is not aligned
@@ -460,9 +526,10 @@ TEST_F(SessionStateTest, EveryByteIsWhereItsDocumentSays) {
   ASSERT_TRUE(state_.erase(pages(4, 12)));
   state_.table(0).set(PageIndex(0), PageState::removed);
   state_.table(0).set(PageIndex(1), PageState::poisoned);
+  state_.table(1).set({PageIndex(0), PageCount(512)}, PageState::installed);
   const int fd = state_.fd();
   EXPECT_EQ(peek<std::uint64_t>(fd, 0), 0x5353455344464655u);  // "UFFDSESS"
-  EXPECT_EQ(peek<std::uint32_t>(fd, kVersionAt), 3u);
+  EXPECT_EQ(peek<std::uint32_t>(fd, kVersionAt), 4u);
   EXPECT_EQ(peek<std::uint32_t>(fd, kRegionCountAt), 2u);
   EXPECT_EQ(peek<std::uint64_t>(fd, kTablesEndAt), kTablesAt + 2 * 4096);
   EXPECT_EQ(peek<std::uint64_t>(fd, kTablesEndAt), file_bytes(fd));
@@ -497,7 +564,11 @@ TEST_F(SessionStateTest, EveryByteIsWhereItsDocumentSays) {
   EXPECT_EQ(peek<std::uint64_t>(fd, kProgressAt), 1u);
   EXPECT_EQ(peek<std::uint8_t>(fd, kInboxAt + 63 * 32), 0);
 
-  EXPECT_EQ(peek<std::uint8_t>(fd, kTablesAt), 0x53u);  // page 0: removed (3), page 1: poisoned (5)
+  EXPECT_EQ(peek<std::uint64_t>(fd, kTablesAt), 1u);          // block 1, stretch 0
+  EXPECT_EQ(peek<std::uint32_t>(fd, kTablesAt + 64), 1u);     // which has block 1
+  EXPECT_EQ(peek<std::uint8_t>(fd, kTablesAt + 128), 0x53u);  // page 0: removed (3), page 1: poisoned (5)
+  EXPECT_EQ(peek<std::uint64_t>(fd, kTablesAt + 4096), 0u);   // no block
+  EXPECT_EQ(peek<std::uint32_t>(fd, kTablesAt + 4096 + 64), 0x8000'0002u);  // all installed
 
   ASSERT_TRUE(state_.move(pages(0, 4), pages(600, 1).start));
   EXPECT_EQ(peek<std::uint32_t>(fd, kProgressAt), 0u);
