@@ -23,6 +23,12 @@ namespace {
 constexpr int kReadsPerStep = 16;                    // then others get their turn
 constexpr std::uint64_t kChangedPerStep = 1u << 22;  // page states that events may change; then likewise
 constexpr std::size_t kServedPerStep = 64;           // likewise
+// Where so many faults in a row came alone and were answered at once, one message is asked for: as long as
+// there is room the kernel looks for a second, which is a hundredth of the time of a fault. Every
+// kSeveralAgain-th read asks for all that wait, to see whether there are several now: a prime, lest it meets
+// the last one of each group.
+constexpr unsigned kAtOnceMin = 32;
+constexpr unsigned kSeveralAgain = 17;
 constexpr std::size_t kPendingMax = 1024;  // faults kept; more are forgotten and come back by a wake
 
 // How often an end is tried whose client still changes its address space.
@@ -168,8 +174,11 @@ PendingWhy Session::why(const Pending& pending) {
   // page states, and 130 MiB where all of it was touched before.
   std::uint64_t changed = 0;
   for (int reads = 0; reads < kReadsPerStep && changed < kChangedPerStep; ++reads) {
+    // What is prefetched is put into place only where nothing is left to be read.
+    const bool prefetches = prefetching_ != nullptr && prefetching_->has_something();
+    const bool asks_for_one = at_once_ >= kAtOnceMin && !prefetches && ++reads_at_once_ % kSeveralAgain != 0;
+    const std::span<abi::Msg> messages = state_.empty_inbox().first(asks_for_one ? 1 : kInboxMessages);
     // Whoever caused an event goes on when it has been read: from then on it must not be forgotten.
-    const std::span<abi::Msg> messages = state_.empty_inbox();
     const ReadOutcome read = uffd_.read(messages);
     uffdkit::step();
     if (read.os_error == EMFILE || read.os_error == ENFILE) {
@@ -183,8 +192,11 @@ PendingWhy Session::why(const Pending& pending) {
       return true;
     }
     if (read.messages == 1 && messages[0].event == abi::kEventPagefault &&
-        serve_at_once(decode_fault(messages[0])))
+        serve_at_once(decode_fault(messages[0]))) {
+      ++at_once_;
       return true;
+    }
+    if (read.messages > 0) at_once_ = 0;
     for (std::size_t i = 0; i < read.messages; ++i) {
       const abi::Msg raw = messages[i];
       if (raw.event == abi::kEventPagefault) {

@@ -526,6 +526,8 @@ class Session {
   std::atomic<const SessionCounters*> shown_counters_{&own_counters_};
   SessionWaiting waiting_;
 
+  unsigned at_once_ = 0;        // faults in a row that were answered at once, each all that its read brought
+  unsigned reads_at_once_ = 0;  // reads made while these are many; never 0 again
   std::vector<Pending> pending_;
   bool overflowed_ = false;  // faults were not kept; wake_all() brings them back
   std::vector<std::unique_ptr<Fetch>> returned_;

@@ -47,6 +47,7 @@ class FakeKernel final : public SystemCalls {
   bool changing = false;
   bool gone = false;
   int read_error = 0;          // an errno for read(2)
+  std::size_t room = 0;        // messages that the last read(2) had room for
   bool woke_all = false;       // whatever lies where
   std::uint64_t boundary = 0;  // one mapping ends here, and another begins
   AddressRange mapping{};      // registered; all that a CONTINUE of several pages can be asked for
@@ -124,9 +125,10 @@ class FakeKernel final : public SystemCalls {
     return -error;
   }
   std::ptrdiff_t read(int, void* buffer, std::size_t bytes) override {
+    room = bytes / sizeof(abi::Msg);
     if (read_error != 0) return -read_error;
     if (messages.empty()) return -EAGAIN;
-    const std::size_t count = std::min(bytes / sizeof(abi::Msg), messages.size());
+    const std::size_t count = std::min(room, messages.size());
     for (std::size_t i = 0; i < count; ++i) {
       std::memcpy(static_cast<abi::Msg*>(buffer) + i, &messages.front(), sizeof(abi::Msg));
       messages.pop_front();

@@ -1,6 +1,8 @@
 // How a session serves faults, and follows what the client does to its memory.
 #include "unit/session_fixture.h"
 
+#include <numeric>
+
 namespace uffdkit {
 namespace {
 
@@ -38,6 +40,54 @@ TEST_F(SessionTest, MessagesAreReadOneInboxFullAStepWhileOthersWait) {
   EXPECT_TRUE(session_.step().again);
   EXPECT_FALSE(session_.step().again);
   EXPECT_TRUE(kernel_.messages.empty());
+}
+
+// Faults for pages that nobody has asked for come in groups of `together`. Says how many messages the reads
+// had room for that brought them.
+class SessionReads : public SessionTest {
+ protected:
+  SessionReads() : SessionTest(/*around=*/1) {}
+  std::set<std::size_t> fault(int groups, int together) {
+    std::set<std::size_t> rooms;
+    for (int group = 0; group < groups; ++group) {
+      for (int i = 0; i < together; ++i) kernel_.fault(pages(faults_++));
+      while (!kernel_.messages.empty()) {
+        session_.step();
+        rooms.insert(kernel_.room);
+      }
+    }
+    return rooms;
+  }
+  std::uint64_t faults_ = 0;
+};
+
+TEST_F(SessionReads, AskForOneMessageWhereTheyComeOneByOne) {
+  fault(64, 1);
+  // Now and then for all, to see whether there are several.
+  EXPECT_EQ(fault(32, 1), (std::set<std::size_t>{1, kInboxMessages}));
+}
+
+TEST_F(SessionReads, AskForAllMessagesWhereSeveralCome) {
+  fault(64, 1);
+  fault(32, 2);
+  EXPECT_EQ(fault(32, 2), std::set{kInboxMessages});
+}
+
+// Then it is known that nothing else waits.
+TEST_F(SessionReads, AskForAllMessagesAfterOneThatIsNotAnsweredAtOnce) {
+  fault(64, 1);
+  kernel_.removed(pages(1000));
+  session_.step();
+  EXPECT_EQ(kernel_.room, kInboxMessages);
+  EXPECT_EQ(fault(16, 1), std::set{kInboxMessages});
+}
+
+TEST_F(SessionReads, AskForAllMessagesWhileThereIsSomethingElseToBring) {
+  fault(64, 1);
+  std::vector<std::uint32_t> order(700);
+  std::iota(order.begin(), order.end(), 300);
+  session_.prefetch(std::make_shared<PrefetchOrder>(std::move(order)), lane_, 0);
+  EXPECT_EQ(fault(32, 1), std::set{kInboxMessages});
 }
 
 // ---- memory of a file -------------------------------------------------------------------------------------
