@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "image/layered_store.h"
+#include "store/access_time.h"
 
 namespace uffdkit::image {
 namespace {
@@ -175,6 +176,7 @@ Result<std::shared_ptr<ImageFile>> ImageOpener::open_layer(const UniqueFd& file,
 }
 
 Result<ImageOpener::FileBytes> ImageOpener::look_at(const UniqueFd& file, const std::string& name) {
+  leave_access_time(file.get());
   Result<std::shared_ptr<Store>> store = open_file_store(file.get(), name);
   if (!store) return Failure(std::move(store).error());
   Result<std::string> key = file_key(file.get(), name);

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "base/signals_blocked.h"
+#include "store/access_time.h"
 #include "store/read_ahead.h"
 
 namespace uffdkit {
@@ -240,6 +241,7 @@ Result<std::shared_ptr<Store>> open_file_store(const std::string& path) {
   // files.
   UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (!fd) return Failure(Error::from_open(path, errno));
+  leave_access_time(fd.get());
   return make_file_store(std::move(fd), path);
 }
 

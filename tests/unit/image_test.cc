@@ -22,6 +22,7 @@
 #include "image/working_set.h"
 #include "image/write_image.h"
 #include "store/read_ahead.h"
+#include "support/access_time.h"
 #include "support/image.h"
 #include "support/temp_dir.h"
 
@@ -205,6 +206,16 @@ TEST_F(Images, WhatIsNotFinishedHasNoNameAndLeavesNothing) {
 }
 
 // ---- layers ---------------------------------------------------------------------------------------------
+
+TEST_F(Images, ReadingIsNotNoted) {
+  make("image", memory_);
+  for (const char* name : {"raw", "image"}) {
+    const OpenImage image = open(name);
+    test::set_accessed_long_ago(directory_ / name);
+    contents(*image.store);
+    EXPECT_EQ(test::accessed_at(directory_ / name), 1) << name;
+  }
+}
 
 TEST_F(Images, LayersShowTheMemoryThatTheyWereMadeOf) {
   make("base", memory_);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "engine/fetch.h"
+#include "support/access_time.h"
 #include "support/temp_dir.h"
 
 namespace uffdkit {
@@ -161,6 +162,21 @@ TEST_F(FileStoreTest, OpeningADescriptorLeavesItsPositionAlone) {
   EXPECT_EQ(store->name(), "by number");
   fd_.reset();
   EXPECT_TRUE(all(read(*store, 0, kPage), 5));
+}
+
+TEST_F(FileStoreTest, ReadingIsNotNoted) {
+  write(0, kPage, 5);
+  const auto store = open();
+  test::set_accessed_long_ago(path_);
+  read(*store, 0, kPage);
+  EXPECT_EQ(test::accessed_at(path_), 1);
+}
+
+TEST_F(FileStoreTest, ReadingByADescriptorOfTheCallersIsNotedAsBefore) {
+  write(0, kPage, 5);
+  const int flags = ::fcntl(fd_.get(), F_GETFL);
+  const auto store = open_file_store(fd_.get(), "by number").value();
+  EXPECT_EQ(::fcntl(fd_.get(), F_GETFL), flags);
 }
 
 TEST_F(FileStoreTest, WhatIsNoMemoryImageIsRefusedAtOnce) {
