@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstring>
 #include <filesystem>
 #include <system_error>
 #include <utility>
@@ -26,11 +27,7 @@ Result<std::shared_ptr<ImageWorkingSet>> ImageWorkingSet::open(int file, const i
   const std::filesystem::path path =
       std::filesystem::read_symlink(fmt::format("/proc/self/fd/{}", file), error);
   if (error) return Failure(Error::from_errno("find the folder of " + name, error.value()));
-  std::optional<image::Identity> identity;
-  if (!image.is_raw()) identity = image.layers.front()->record().identity;
-  std::shared_ptr<ImageWorkingSet> own(new ImageWorkingSet(path.string() + image::kWorkingSetSuffix, identity,
-                                                           image.store->size().value / image::kPageBytes,
-                                                           image.stored_set));
+  std::shared_ptr<ImageWorkingSet> own(new ImageWorkingSet(path.string(), image));
   if (!stored) own->problems_.push_back(std::move(stored).error().within(kStoredNotUsed));
   // Without a working set nobody needs to know what a raw image holds.
   struct stat there;
@@ -48,12 +45,18 @@ Result<std::shared_ptr<ImageWorkingSet>> ImageWorkingSet::open(int file, const i
   return own;
 }
 
-ImageWorkingSet::ImageWorkingSet(std::string path, std::optional<image::Identity> identity,
-                                 std::uint64_t memory_pages, std::shared_ptr<image::StoredSet> stored_set)
-    : path_(std::move(path)),
-      identity_(identity),
-      memory_pages_(memory_pages),
-      stored_set_(std::move(stored_set)) {}
+ImageWorkingSet::ImageWorkingSet(const std::string& image_path, const image::OpenImage& image)
+    : path_(image_path + image::kWorkingSetSuffix),
+      is_raw_(image.is_raw()),
+      memory_pages_(image.store->size().value / image::kPageBytes),
+      stored_set_(image.stored_set) {
+  if (!is_raw_) identity_ = image.layers.front()->record().identity;
+}
+
+std::optional<std::string> ImageWorkingSet::can_be_stored_for() const {
+  if (is_raw_) return std::nullopt;
+  return path_.substr(0, path_.size() - std::strlen(image::kWorkingSetSuffix));
+}
 
 Result<image::Identity> ImageWorkingSet::identify(Store& store) {
   if (identity_) return *identity_;

@@ -32,6 +32,9 @@ class ImageWorkingSet {
                                                        const std::string& name, Result<void> stored = {});
 
   const std::string& path() const { return path_; }
+  // The image, whose pages can be stored for themselves (`uffdkit image store-set`) once they are recorded;
+  // nothing where that gains nothing, since any page can be read alone.
+  std::optional<std::string> can_be_stored_for() const;
   // The pages to bring, in this order; nullptr where nothing was recorded.
   std::shared_ptr<const PrefetchOrder> order() const;
   // Why the file that is there is not used, or the one in which its pages are stored for themselves; each
@@ -46,14 +49,14 @@ class ImageWorkingSet {
   void add_run(const image::WorkingSetRun& run);
 
  private:
-  ImageWorkingSet(std::string path, std::optional<image::Identity> identity, std::uint64_t memory_pages,
-                  std::shared_ptr<image::StoredSet> stored_set);
+  ImageWorkingSet(const std::string& image_path, const image::OpenImage& image);
   Result<image::Identity> identify(Store& store);
   // The file, if there is one of this image, whose identity is known.
   Result<std::optional<image::WorkingSet>> read(const image::Identity& identity) const;
   void use(const image::WorkingSet& set, Store& store);
 
   const std::string path_;
+  const bool is_raw_;
   std::optional<image::Identity> identity_;  // of a raw image found out when it is needed, under file_mutex_
   const std::uint64_t memory_pages_;
   const std::shared_ptr<image::StoredSet> stored_set_;  // none where its pages lie in the image alone

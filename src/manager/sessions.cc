@@ -184,7 +184,12 @@ void Manager::Impl::keep_working_set(const SessionStatus& session, const Session
                 recording = info.recording]() -> std::string {
       if (auto added = set->add_recording(*lane->store(), recording->pages()); !added)
         return fmt::format("session {}: its working set is lost: {}", id, added.error().text());
-      return fmt::format("session {}: {} pages recorded in {}", id, recording->pages().size(), set->path());
+      const std::optional<std::string> image = set->can_be_stored_for();
+      return fmt::format("session {}: {} pages recorded in {}{}", id, recording->pages().size(), set->path(),
+                         image ? fmt::format("; store them for themselves, for sessions that start faster: "
+                                             "uffdkit image store-set {}",
+                                             *image)
+                               : "");
     });
   if (!info.prefetches) return;
   const auto number = [](std::uint64_t count) {

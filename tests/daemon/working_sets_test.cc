@@ -129,6 +129,13 @@ TEST_F(WorkingSets, TheSameOfACompressedImage) {
   expect_brought(image, pages.size() * 9 / 10);
 }
 
+TEST_F(WorkingSets, WhoHasRecordedACompressedImageIsToldHowToStoreIt) {
+  const std::string image = compressed();
+  const std::string log = record(image, {900, 3});
+  EXPECT_TRUE(log.contains("uffdkit image store-set " + image + "\n")) << log;
+  EXPECT_FALSE(record(image_.path(), {900, 3}).contains("store-set"));
+}
+
 TEST_F(WorkingSets, OneThatIsStoredForItselfIsBroughtFromThere) {
   const std::string image = compressed();
   std::vector<std::size_t> pages;
