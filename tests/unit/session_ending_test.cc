@@ -372,6 +372,22 @@ TEST_F(SessionTest, WhatWasGivenBackOfASharedImageIsPoisonedToo) {
     EXPECT_TRUE(kernel_.poisoned.contains(pages(page).start.value)) << page;
 }
 
+// What it has shows itself when nobody serves it any more; a zero would go to all who share it.
+TEST_F(SessionTest, ReleasingPutsZerosWhereTheSharedImagesMemoryHasNothingAndNowhereElse) {
+  const std::shared_ptr<SharedImage> image = SharedImage::create(lane_).value();
+  std::vector<std::byte> scratch(8 * kPage);
+  ASSERT_EQ(image->fill({PageIndex(0), PageCount(4)}, scratch).fill, SharedImage::Fill::done);
+  ASSERT_EQ(image->fill({PageIndex(20), PageCount(4)}, scratch).fill, SharedImage::Fill::done);
+  ASSERT_TRUE(session_.add_region(pages(2000, 64), StoreOffset(0), kPage4K, lane_, 0,
+                                  {.mode = SharingMode::resolve, .image = image}));
+  session_.release();
+  run_out();
+  EXPECT_EQ(session_.end(), SessionEnd::released);
+  for (std::uint64_t page = 0; page < 64; ++page)
+    EXPECT_EQ(at(2000 + page), image->has(PageIndex(page)) ? std::nullopt : std::optional(std::byte{0}))
+        << page;
+}
+
 TEST_F(SessionTest, MemoryOfAClientThatDoesNotDieIsPoisonedAfterAWhile) {
   session_.fail("a test");
   run_out();
@@ -549,6 +565,20 @@ TEST_F(CondemnedChild, IsFollowedWhileItMovesAndForks) {
   fork();
   for (const std::uint64_t page : {2000u, 2003u}) EXPECT_TRUE(is_poisoned(page)) << page;
   EXPECT_FALSE(is_poisoned(2004));
+}
+
+TEST_F(CondemnedChild, HasHugePagesPoisonedAsAWholeOfWhichAPartIsMissing) {
+  host_.takes_children = false;
+  const AddressRange huge = pages(2048, 1024);
+  ASSERT_TRUE(session_.add_region(huge, StoreOffset(0), kPage2M, lane_));
+  kernel_.removed(pages(2048, 256));
+  kernel_.removed(pages(2560 + 100, 412));
+  kernel_.refuse = [&](const FakeKernel::Call& call) {
+    const bool whole = call.range.length.value % kPage2M.bytes().value == 0;
+    return call.request == abi::kIoctlPoison && call.range.overlaps(huge) && !whole ? EINVAL : 0;
+  };
+  fork();
+  for (std::uint64_t page = 2048; page < 3072; ++page) EXPECT_TRUE(is_poisoned(page)) << page;
 }
 
 TEST_F(CondemnedChild, WithoutAKernelThatPoisonsIsSaidToWait) {
