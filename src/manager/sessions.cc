@@ -220,19 +220,25 @@ void Manager::Impl::resume(UniqueFd uffd_fd, UniqueFd state_fd, const Peer& peer
   struct Request {
     UniqueFd uffd;
     UniqueFd process;
-    SessionState state;
+    UniqueFd state_file;
     const Peer& peer;  // of the connection, which is there as long as somebody waits for this
   };
   const std::string name = state->image();
-  const auto kept = std::make_shared<Request>(Request{
-      .uffd = std::move(uffd_fd), .process = std::move(process), .state = std::move(*state), .peer = peer});
+  const auto kept = std::make_shared<Request>(Request{.uffd = std::move(uffd_fd),
+                                                      .process = std::move(process),
+                                                      .state_file = std::move(*state).leave(),
+                                                      .peer = peer});
   open_image(name, peer, connection, [=, this](Result<std::shared_ptr<StoreLane>> image) {
     if (!image) return attached(Failure(std::move(image).error()));
     if (ending_)
       return attached(Failure(Error("the manager is ending", ESHUTDOWN).with_remedy("connect again")));
     // Somebody else may have taken it up meanwhile.
-    if (auto own = resume_own(kept->state.fd(), kept->peer, connection)) return attached(*std::move(own));
-    attached(take_up(std::move(kept->uffd), std::move(kept->process), std::move(kept->state), kept->peer.uid,
+    if (auto own = resume_own(kept->state_file.get(), kept->peer, connection))
+      return attached(*std::move(own));
+    // Or have served it, and left it as it is now.
+    Result<SessionState> now = SessionState::open(std::move(kept->state_file));
+    if (!now) return attached(Failure(Error(now.error().text(), EBADF)));
+    attached(take_up(std::move(kept->uffd), std::move(kept->process), std::move(*now), kept->peer.uid,
                      kept->peer.pid, *image, connection));
   });
 }
