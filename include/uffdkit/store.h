@@ -60,8 +60,9 @@ class Store {
 // A file that holds raw bytes, position by position, such as a Firecracker memory file. Holes are known as
 // zero without being read. The last page's bytes beyond the end of the file are zero. The file is read by
 // pread(2), never through a mapping, so a failing disk or a file cut short while in use is an error of the
-// pages concerned. The file must not be changed while the store exists. Errors of opening: no such file, no
-// permission, not a regular file.
+// pages concerned. The file must not be changed while the store exists. Where the caller owns the file, or is
+// privileged, reading is not noted as an access (O_NOATIME). Errors of opening: no such file, no permission,
+// not a regular file.
 Result<std::shared_ptr<Store>> open_file_store(const std::string& path);
 
 // The same for a descriptor that is open for reading; `name` is for messages.

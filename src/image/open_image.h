@@ -46,7 +46,8 @@ class ImageOpener {
   // in `path` itself only. Errors: a file cannot be opened; it is damaged, or it cannot be told whether it is
   // an image; a parent is missing, has another identity than it should, is a raw file, or there are too many.
   Result<OpenImage> open(const std::string& path);
-  // Likewise for an open file, which `name` stands for in messages.
+  // Likewise for an open file of this program's own, which `name` stands for in messages: reading it is not
+  // noted as an access from now on.
   Result<OpenImage> open(UniqueFd file, const std::string& name);
 
   // Has the memory of an image that is open as `file` read from what lies beside it under its name and

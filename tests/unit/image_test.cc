@@ -211,7 +211,7 @@ TEST_F(Images, ReadingIsNotNoted) {
   make("image", memory_);
   for (const char* name : {"raw", "image"}) {
     const OpenImage image = open(name);
-    test::set_accessed_long_ago(directory_ / name);
+    if (!test::set_accessed_long_ago(directory_ / name)) GTEST_SKIP() << "the file system notes no reads";
     contents(*image.store);
     EXPECT_EQ(test::accessed_at(directory_ / name), 1) << name;
   }

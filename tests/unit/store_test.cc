@@ -167,7 +167,7 @@ TEST_F(FileStoreTest, OpeningADescriptorLeavesItsPositionAlone) {
 TEST_F(FileStoreTest, ReadingIsNotNoted) {
   write(0, kPage, 5);
   const auto store = open();
-  test::set_accessed_long_ago(path_);
+  if (!test::set_accessed_long_ago(path_)) GTEST_SKIP() << "the file system notes no reads";
   read(*store, 0, kPage);
   EXPECT_EQ(test::accessed_at(path_), 1);
 }
