@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/publish.h"
 #include "base/step.h"
 
 namespace uffdkit {
@@ -29,14 +30,8 @@ bool is_uniform(std::uint32_t entry) {
   return entry == 0 || (entry ^ kUniform) <= static_cast<std::uint32_t>(PageState::poisoned);
 }
 
-int two_of(PageState state) {
+int both(PageState state) {
   return static_cast<int>(state) * 0x11;
-}
-
-// Whoever takes the memory up later sees it only after all stores before it.
-template <class T>
-void publish(T& field, T value) {
-  std::atomic_ref<T>(field).store(value, std::memory_order_release);
 }
 
 // The part of `bytes` that lies in [begin, end).
@@ -88,9 +83,9 @@ bool PageTable::forget_fetches(std::span<std::byte> part) {
     if (!is_uniform(entry) && !has_block(entry)) return false;
     if (entry == uniform(PageState::fetching)) publish(directory_[i], uniform(PageState::absent));
   }
-  for (std::byte& two : part_in(part, blocks_, blocks_ + given_out_ * kBlockBytes)) {
-    if ((two & std::byte{0x0f}) == kFetching) two &= std::byte{0xf0};
-    if ((two >> 4) == kFetching) two &= std::byte{0x0f};
+  for (std::byte& cell : part_in(part, blocks_, blocks_ + given_out_ * kBlockBytes)) {
+    if ((cell & std::byte{0x0f}) == kFetching) cell &= std::byte{0xf0};
+    if ((cell >> 4) == kFetching) cell &= std::byte{0x0f};
   }
   return true;
 }
@@ -114,12 +109,12 @@ void PageTable::set_in_stretch(PageRange part, PageState state) {
   if (part.first == first_of(stretch) && part.end() == end)
     return publish(directory_[stretch], uniform(state));
   // Only where another has written to the directory.
-  if (given_out_ == page_table::stretches(granules_))
+  if (given_out_ >= page_table::stretches(granules_))
     return publish(directory_[stretch], uniform(PageState::poisoned));
 
   // All of the block: who was cut off before may have left something there.
   std::byte* block = blocks_ + given_out_ * kBlockBytes;
-  std::memset(block, two_of(state_of(entry)), kBlockBytes);
+  std::memset(block, both(state_of(entry)), kBlockBytes);
   set_in(block, part, state);
   step();
   ++given_out_;
@@ -138,7 +133,7 @@ void PageTable::set_in(std::byte* block, PageRange range, PageState state) {
   // Two granules a byte.
   const std::uint64_t cells = (end.value - granule.value) / 2;
   if (granule < end && cells > 0) {
-    std::memset(block + cell(granule), two_of(state), cells);
+    std::memset(block + cell(granule), both(state), cells);
     granule = granule + PageCount(cells * 2);
   }
   if (granule < end) set_in(block, granule, state);

@@ -21,6 +21,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <utility>
 
 namespace uffdkit {
 
@@ -44,17 +45,17 @@ inline constexpr std::uint32_t kUniform = 1u << 31;
 constexpr std::uint64_t stretches(PageCount granules) {
   return (granules.value + kGranulesPerStretch - 1) / kGranulesPerStretch;
 }
-constexpr std::uint64_t blocks_at(PageCount granules) {
+constexpr std::uint64_t blocks_offset(PageCount granules) {
   return kHeadBytes + (stretches(granules) * sizeof(std::uint32_t) + 63) / 64 * 64;
 }
 }  // namespace page_table
 
-// The most granules that a table is for: numbers of blocks have 31 bits. 2 PiB of memory.
+// The most granules that a table is for: the numbers of its blocks go to 2^30. 2 PiB of memory.
 inline constexpr PageCount kPageTableGranulesMax{page_table::kGranulesPerStretch << 30};
 
 // The memory that a table for `granules` needs.
 constexpr ByteCount page_table_bytes(PageCount granules) {
-  return ByteCount(page_table::blocks_at(granules) +
+  return ByteCount(page_table::blocks_offset(granules) +
                    page_table::stretches(granules) * page_table::kBlockBytes);
 }
 
@@ -64,16 +65,20 @@ class PageTable {
   // `memory` is zeroed, aligned to 8 bytes, has page_table_bytes(granules) bytes, and outlives the table.
   PageTable(std::span<std::byte> memory, PageCount granules)
       : directory_(reinterpret_cast<std::uint32_t*>(memory.data() + page_table::kHeadBytes)),
-        blocks_(memory.data() + page_table::blocks_at(granules)),
+        blocks_(memory.data() + page_table::blocks_offset(granules)),
         granules_(granules) {}
   // The table that another has left in `memory`; what was `fetching` is absent again. `written` are the parts
   // of it that are no holes, whole pages in their order: nothing else is looked at, since that would fill
   // holes. Nothing if the table is damaged.
   static std::optional<PageTable> take_up(std::span<std::byte> memory, PageCount granules,
                                           std::span<const std::span<std::byte>> written);
-  // Two tables would give one block out twice.
-  PageTable(PageTable&&) = default;
-  PageTable& operator=(PageTable&&) = default;
+  // Two tables would give one block out twice: what was moved from has none.
+  PageTable(PageTable&& other) noexcept { swap(other); }
+  PageTable& operator=(PageTable&& other) noexcept {
+    PageTable moved(std::move(other));
+    swap(moved);
+    return *this;
+  }
 
   PageCount granules() const { return granules_; }
 
@@ -127,9 +132,9 @@ class PageTable {
     return checked(std::to_integer<std::uint32_t>(block[cell(granule)]) >> shift(granule) & 0xf);
   }
   static void set_in(std::byte* block, PageIndex granule, PageState state) {
-    std::byte& two = block[cell(granule)];
-    const auto cleared = std::to_integer<unsigned>(two) & ~(0xfu << shift(granule));
-    two = static_cast<std::byte>(cleared | static_cast<unsigned>(state) << shift(granule));
+    std::byte& both = block[cell(granule)];
+    const auto cleared = std::to_integer<unsigned>(both) & ~(0xfu << shift(granule));
+    both = static_cast<std::byte>(cleared | static_cast<unsigned>(state) << shift(granule));
   }
   static void set_in(std::byte* block, PageRange range, PageState state);
 
@@ -148,6 +153,12 @@ class PageTable {
                                              page_table::kHeadBytes);
   }
 
+  void swap(PageTable& other) noexcept {
+    std::swap(directory_, other.directory_);
+    std::swap(blocks_, other.blocks_);
+    std::swap(granules_, other.granules_);
+    std::swap(given_out_, other.given_out_);
+  }
   bool take_up_last();
   bool forget_fetches(std::span<std::byte> part);
   void set_in_stretch(PageRange part, PageState state);

@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <cstring>
@@ -16,6 +15,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/publish.h"
 #include "base/step.h"
 
 namespace uffdkit {
@@ -85,12 +85,6 @@ FileSegment* layout_list(const StateMapping& head, std::uint32_t which) {
 
 abi::Msg* inbox_slots(const StateMapping& head) {
   return reinterpret_cast<abi::Msg*>(head.data() + kInboxAt);
-}
-
-// A store that whoever takes the file up later sees only after all stores before it.
-template <class T>
-void publish(T& field, T value) {
-  std::atomic_ref<T>(field).store(value, std::memory_order_release);
 }
 
 std::uint64_t table_file_bytes(ByteCount region_length) {
@@ -308,7 +302,8 @@ Result<void> SessionState::take_up_table(RegionId region) {
     position = std::min<std::uint64_t>(static_cast<std::uint64_t>(hole) - at, memory.size());
     written.push_back(memory.subspan(from, position - from));
   }
-  std::optional<PageTable> table = PageTable::take_up(memory, tables_[region].granules(), written);
+  std::optional<PageTable> table =
+      PageTable::take_up(memory, kPage4K.pages(regions_[region].length), written);
   if (!table) return Failure(damaged(fmt::format("the page states of region {} are out of bounds", region)));
   tables_[region] = std::move(*table);
   return {};
@@ -317,13 +312,10 @@ Result<void> SessionState::take_up_table(RegionId region) {
 // ---- changes ----------------------------------------------------------------------------------------------
 
 Result<void> SessionState::map_table(RegionId region, std::uint64_t at) {
-  const ByteCount length = regions_[region].length;
-  Result<StateMapping> memory = StateMapping::map(file_.get(), at, table_file_bytes(length));
+  Result<StateMapping> memory = StateMapping::map(file_.get(), at, table_file_bytes(regions_[region].length));
   if (!memory) return Failure(std::move(memory).error());
   table_at_[region] = at;
   table_memory_[region] = std::move(*memory);
-  tables_[region] =
-      PageTable({table_memory_[region].data(), table_memory_[region].size()}, kPage4K.pages(length));
   return {};
 }
 
@@ -371,6 +363,7 @@ Result<RegionId> SessionState::add_region(AddressRange memory, StoreOffset offse
     regions_[id] = RegionRecord();
     return Failure(std::move(mapped).error());
   }
+  tables_[id] = PageTable({table_memory_[id].data(), table_memory_[id].size()}, kPage4K.pages(memory.length));
   step();
   publish(record.live, std::uint32_t{1});
   step();

@@ -18,6 +18,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/publish.h"
 #include "base/step.h"
 
 namespace uffdkit {
@@ -39,11 +40,6 @@ constexpr std::uint32_t kNone = ~0u;
 Error full(std::string_view what, std::size_t most) {
   return Error(fmt::format("there is no room to record more than {} {}", most, what), ENOSPC)
       .with_remedy("have several managers share the clients");
-}
-
-// A store that a later worker sees only after all stores before it.
-void publish(std::uint32_t& field, std::uint32_t value) {
-  std::atomic_ref<std::uint32_t>(field).store(value, std::memory_order_release);
 }
 
 std::vector<int> open_descriptors() {
