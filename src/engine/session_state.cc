@@ -96,6 +96,25 @@ Error damaged(const std::string& what) {
       .with_remedy("attach again from the start, with the session's image");
 }
 
+// Before anything else is done with a client's descriptor: another kind of file may be slow for ever.
+Result<void> check_sealed(int file) {
+  const int seals = ::fcntl(file, F_GET_SEALS);
+  if (seals < 0 || (seals & F_SEAL_SHRINK) == 0)
+    return Failure(damaged("it is not one: not a sealed memory file"));
+  return {};
+}
+
+Result<void> check(const FileHeader& fields) {
+  if (fields.magic != kMagic) return Failure(damaged("it is not one"));
+  if (fields.version != kVersion)
+    return Failure(damaged(fmt::format("it has version {}, not {}", fields.version, kVersion)));
+  if (fields.image_bytes > kImageBytesMax) return Failure(damaged("the image's name is too long"));
+  if (fields.region_count > kSessionRegionsMax) return Failure(damaged("too many regions"));
+  if (fields.progress >> 1 > kInboxMessages) return Failure(damaged("more messages applied than there are"));
+  if (fields.tables_end % 4096 != 0) return Failure(damaged("the end of its tables is not aligned"));
+  return {};
+}
+
 }  // namespace
 
 // ---- mappings ---------------------------------------------------------------------------------------------
@@ -159,9 +178,7 @@ Result<SessionState> SessionState::open(UniqueFd file) {
 }
 
 Result<SessionState> SessionState::open_or_leave(UniqueFd& file) {
-  const int seals = ::fcntl(file.get(), F_GET_SEALS);
-  if (seals < 0 || (seals & F_SEAL_SHRINK) == 0)
-    return Failure(damaged("it is not one: not a sealed memory file"));
+  if (auto sealed = check_sealed(file.get()); !sealed) return Failure(std::move(sealed).error());
   struct stat status;
   if (::fstat(file.get(), &status) < 0)
     return Failure(Error::from_errno("stat the session state file", errno));
@@ -176,13 +193,7 @@ Result<SessionState> SessionState::open_or_leave(UniqueFd& file) {
 
   // A copy, so that what was checked cannot change afterwards.
   const FileHeader fields = header(*head);
-  if (fields.magic != kMagic) return Failure(damaged("it is not one"));
-  if (fields.version != kVersion)
-    return Failure(damaged(fmt::format("it has version {}, not {}", fields.version, kVersion)));
-  if (fields.image_bytes > kImageBytesMax) return Failure(damaged("the image's name is too long"));
-  if (fields.region_count > kSessionRegionsMax) return Failure(damaged("too many regions"));
-  if (fields.progress >> 1 > kInboxMessages) return Failure(damaged("more messages applied than there are"));
-  if (fields.tables_end % 4096 != 0) return Failure(damaged("the end of its tables is not aligned"));
+  if (auto sane = check(fields); !sane) return Failure(std::move(sane).error());
   SessionState state(std::move(file), std::move(*head), std::string(fields.image.data(), fields.image_bytes));
   const auto file_bytes = static_cast<std::uint64_t>(status.st_size);
   // A writer may have been cut off after it had extended the file and before it said so.
@@ -470,6 +481,14 @@ void SessionState::publish_progress() {
     publish_progress();
   }
   return {slots, kInboxMessages};
+}
+
+Result<std::string> SessionState::image_of(int file) {
+  if (auto sealed = check_sealed(file); !sealed) return Failure(std::move(sealed).error());
+  FileHeader fields;
+  if (::pread(file, &fields, sizeof fields, 0) != sizeof fields) return Failure(damaged("it is not one"));
+  if (auto sane = check(fields); !sane) return Failure(std::move(sane).error());
+  return std::string(fields.image.data(), fields.image_bytes);
 }
 
 std::vector<int> SessionState::forks_in_inbox(int file) {

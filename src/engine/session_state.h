@@ -77,6 +77,9 @@ class SessionState {
   // The same session as it is now, in a file of its own: what a child has after fork(2). Its inbox is empty.
   Result<SessionState> clone() const;
 
+  // The image's name in a state file, of which nothing else is looked at or changed. Errors: not such a file,
+  // or damaged where this can be told from its header.
+  static Result<std::string> image_of(int file);
   // The descriptors of children that a state file's inbox names, of forks that have not been applied. None if
   // it is no such file.
   static std::vector<int> forks_in_inbox(int file);

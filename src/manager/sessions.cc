@@ -214,8 +214,8 @@ void Manager::Impl::resume(UniqueFd uffd_fd, UniqueFd state_fd, const Peer& peer
   if (!peer.pidfd) return answer(Failure(Error("the client's process cannot be watched", ESRCH)));
   UniqueFd process(::fcntl(peer.pidfd.get(), F_DUPFD_CLOEXEC, 0));
   if (!process) return answer(Failure(Error::from_errno("duplicate the client's pidfd", errno)));
-  Result<SessionState> state = SessionState::open(std::move(state_fd));
-  if (!state) return answer(Failure(Error(state.error().text(), EBADF)));
+  const Result<std::string> name = SessionState::image_of(state_fd.get());
+  if (!name) return answer(Failure(Error(name.error().text(), EBADF)));
 
   struct Request {
     UniqueFd uffd;
@@ -223,22 +223,20 @@ void Manager::Impl::resume(UniqueFd uffd_fd, UniqueFd state_fd, const Peer& peer
     UniqueFd state_file;
     const Peer& peer;  // of the connection, which is there as long as somebody waits for this
   };
-  const std::string name = state->image();
   const auto kept = std::make_shared<Request>(Request{.uffd = std::move(uffd_fd),
                                                       .process = std::move(process),
-                                                      .state_file = std::move(*state).leave(),
+                                                      .state_file = std::move(state_fd),
                                                       .peer = peer});
-  open_image(name, peer, connection, [=, this](Result<std::shared_ptr<StoreLane>> image) {
+  open_image(*name, peer, connection, [=, this](Result<std::shared_ptr<StoreLane>> image) {
     if (!image) return attached(Failure(std::move(image).error()));
     if (ending_)
       return attached(Failure(Error("the manager is ending", ESHUTDOWN).with_remedy("connect again")));
     // Somebody else may have taken it up meanwhile.
     if (auto own = resume_own(kept->state_file.get(), kept->peer, connection))
       return attached(*std::move(own));
-    // Or have served it, and left it as it is now.
-    Result<SessionState> now = SessionState::open(std::move(kept->state_file));
-    if (!now) return attached(Failure(Error(now.error().text(), EBADF)));
-    attached(take_up(std::move(kept->uffd), std::move(kept->process), std::move(*now), kept->peer.uid,
+    Result<SessionState> state = SessionState::open(std::move(kept->state_file));
+    if (!state) return attached(Failure(Error(state.error().text(), EBADF)));
+    attached(take_up(std::move(kept->uffd), std::move(kept->process), std::move(*state), kept->peer.uid,
                      kept->peer.pid, *image, connection));
   });
 }

@@ -371,6 +371,26 @@ TEST_F(SessionStateTest, OtherFilesAreRefused) {
   ::close(ends[1]);
 }
 
+TEST_F(SessionStateTest, TheImageOfAFileIsToldAndNothingElseIsTouched) {
+  const UniqueFd file = copy_of(SessionState::create("an image").value().fd());
+  const std::uint64_t before = memory_bytes(file.get());
+  EXPECT_EQ(SessionState::image_of(file.get()).value(), "an image");
+  EXPECT_EQ(memory_bytes(file.get()), before);
+  poke<std::uint32_t>(file.get(), kImageBytesAt, 256);
+  EXPECT_FALSE(SessionState::image_of(file.get()));
+}
+
+// One that nobody writes to would be read for ever.
+TEST_F(SessionStateTest, TheImageOfAnotherKindOfFileIsNotAskedFor) {
+  int ends[2];
+  ASSERT_EQ(::pipe2(ends, O_CLOEXEC), 0);
+  const UniqueFd reader(ends[0]);
+  const UniqueFd writer(ends[1]);
+  EXPECT_FALSE(SessionState::image_of(reader.get()));
+  const UniqueFd unsealed(::memfd_create("unsealed", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  EXPECT_FALSE(SessionState::image_of(unsealed.get()));
+}
+
 TEST_F(SessionStateTest, DamageOfEveryFieldIsRefusedAndNamed) {
   add(pages(0, 16), 4096);
   add(pages(1024, 1024), 0, kPage2M);
